@@ -1,0 +1,194 @@
+"""Requests a second and latency of /predict, beside a plain FastAPI endpoint that runs the same module. `make bench`
+
+Both servers take turns in one run, started anew each time; tables give the median and, in brackets, the least and the
+greatest. The client is wrk on the same machine: it takes its share of the processors.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from training.bundle import store
+from training.bundle.store import BundleRef
+from training.devices import processors
+from training.drawings import golden_images
+
+ROOT = Path(__file__).parents[1]
+CONNECTIONS = (1, 16, 64)
+IMAGES = 64  # different pictures, and pictures in the large request
+BOUNDARY = "safelight-benchmark"
+
+SERVERS = {
+    "safelight": (["-m", "service"], "/predict?model=cifar10"),
+    "plain FastAPI": (["-m", "uvicorn", "benchmarks.plain_fastapi:app", "--no-access-log"], "/predict"),
+}
+
+Result = dict[str, float]
+
+
+def main() -> None:
+    options = parse()
+    if not shutil.which("wrk"):
+        sys.exit("the benchmark needs wrk: apt-get install wrk")
+    results: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
+        singles, many = bodies(Path(folder))
+        task = progress.add_task("measuring", total=options.repetitions * len(SERVERS) * (len(CONNECTIONS) + 1))
+        for repetition in range(options.repetitions):
+            names = list(SERVERS)[:: 1 if repetition % 2 == 0 else -1]  # another one goes first each time
+            for name in names:
+                with server(name) as url:
+                    wrk(url, singles, 8, 2)  # warm
+                    for connections in CONNECTIONS:
+                        results[name, f"{connections}"].append(wrk(url, singles, connections, options.seconds))
+                        progress.advance(task)
+                    results[name, "many"].append(wrk(url, [many], 4, options.seconds))
+                    progress.advance(task)
+    print(report(results, options))
+    if options.json:
+        raw = {f"{name} / {load}": runs for (name, load), runs in results.items()}
+        Path(options.json).write_text(json.dumps({"conditions": conditions(options), "results": raw}, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=6, help="of each load")
+    parser.add_argument("--json", help="write every figure to this file")
+    return parser.parse_args()
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def bodies(folder: Path) -> tuple[list[Path], Path]:
+    """Multipart bodies: 64 with one picture each, and one with all 64."""
+    spec = store.read_manifest(ROOT / "artifacts", active_cifar10()).input
+    pictures = []
+    for index, image in enumerate(golden_images(spec)[:IMAGES]):
+        path = folder / f"{index}.png"
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+        pictures.append(path.read_bytes())
+    singles = [write(folder / f"single-{index}", [picture]) for index, picture in enumerate(pictures)]
+    return singles, write(folder / "many", pictures)
+
+
+def write(path: Path, pictures: list[bytes]) -> Path:
+    head = 'Content-Disposition: form-data; name="file"; filename="x.png"\r\nContent-Type: image/png'
+    parts = [f"--{BOUNDARY}\r\n{head}\r\n\r\n".encode() + picture + b"\r\n" for picture in pictures]
+    path.write_bytes(b"".join(parts) + f"--{BOUNDARY}--\r\n".encode())
+    return path
+
+
+def wrk(url: str, files: list[Path], connections: int, seconds: int) -> Result:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", "benchmarks/post.lua", url]
+    content_type = f"multipart/form-data; boundary={BOUNDARY}"
+    environ = os.environ | {"BODIES": " ".join(map(str, files)), "CONTENT_TYPE": content_type}
+    output = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    result: Result = json.loads(output.splitlines()[-1])
+    if result["errors"]:
+        sys.exit(f"{int(result['errors'])} requests to {url} failed: a figure with errors is no figure")
+    return result
+
+
+@contextmanager
+def server(name: str) -> Iterator[str]:
+    """Start a server on a free port, as a user would with its defaults; it is gone at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments, path = SERVERS[name]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SAFELIGHT_")}
+    environ["SAFELIGHT_ARTIFACTS"] = str(ROOT / "artifacts")
+    process = subprocess.Popen(
+        [sys.executable, *arguments, "--port", str(port)],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until_it_answers(f"http://127.0.0.1:{port}/docs", process)
+        yield f"http://127.0.0.1:{port}{path}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        try:
+            httpx.get(url, timeout=5)
+        except httpx.TransportError:
+            time.sleep(0.05)
+        else:
+            return
+    sys.exit(f"the server ended with {process.returncode} before it answered")
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def report(results: dict[tuple[str, str], list[Result]], options: argparse.Namespace) -> str:
+    lines = [f"- {name}: {value}" for name, value in conditions(options).items()]
+    lines += ["", "| load | " + " | ".join(SERVERS) + " | ratio |", "|---|" + "---|" * (len(SERVERS) + 1)]
+    for load in (*map(str, CONNECTIONS), "many"):
+        rates = {
+            name: [run["rps"] * (IMAGES if load == "many" else 1) for run in results[name, load]] for name in SERVERS
+        }
+        ratios = [ours / plain for ours, plain in zip(*rates.values(), strict=True)]
+        cells = [cell(rates[name], results[name, load], load) for name in SERVERS]
+        title = f"{IMAGES} pictures a request, 4 connections" if load == "many" else f"{load} connections"
+        lines.append(f"| {title} | {' | '.join(cells)} | {statistics.median(ratios):.1f} |")
+    return "\n".join(lines)
+
+
+def cell(rates: list[float], runs: list[Result], load: str) -> str:
+    unit = "images/s" if load == "many" else "requests/s"
+    p50, p99 = (statistics.median(run[key] for run in runs) for key in ("p50_ms", "p99_ms"))
+    spread = f"({min(rates):,.0f}–{max(rates):,.0f})"
+    return f"{statistics.median(rates):,.0f} {spread} {unit}, p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "processors": processors(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "fastapi", "uvicorn")),
+        "model": f"{active_cifar10()}, 32 x 32 PNG, multipart",
+        "n": f"{options.repetitions} repetitions of {options.seconds} s, taking turns; wrk with 1 thread beside them",
+    }
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
+
+
+def active_cifar10() -> BundleRef:
+    return BundleRef("cifar10", store.active(ROOT / "artifacts", "cifar10") or "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything that knows FastAPI: one router per noun, schemas, problems, middleware."""

@@ -1,0 +1,26 @@
+"""What endpoints ask for, declared once and used as types."""
+
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from service.inference.registry import Registry
+from service.lifecycle import Lifecycle
+from service.settings import Settings
+
+
+def _registry(request: Request) -> Registry:
+    return cast(Registry, request.state.registry)
+
+
+def _settings(request: Request) -> Settings:
+    return cast(Settings, request.state.settings)
+
+
+def _lifecycle(request: Request) -> Lifecycle:
+    return cast(Lifecycle, request.state.lifecycle)
+
+
+RegistryDep = Annotated[Registry, Depends(_registry)]
+SettingsDep = Annotated[Settings, Depends(_settings)]
+LifecycleDep = Annotated[Lifecycle, Depends(_lifecycle)]

@@ -1,0 +1,98 @@
+"""What surrounds every request: its id, its log line and metrics, the last catch, and the cap on its body."""
+
+import logging
+import re
+import time
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api import problems
+from service.errors import BodyTooLarge, ClientGone
+from service.telemetry import REQUESTS, logger
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+QUIET = ("/health/", "/metrics")  # asked every few seconds by machines; logged at debug
+
+
+class Observe:
+    """Give each request an id, answer what nobody caught with a plain 500, and write one line about it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        offered = Headers(scope=scope).get("x-request-id", "")
+        request_id = offered if REQUEST_ID.fullmatch(offered) else uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"], state["log"] = request_id, {}
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("unexpected error", extra={"request_id": request_id, "path": scope["path"]})
+            if not status:
+                detail = f"the error is in the log under request id {request_id}"
+                await problems.reply(Request(scope), problems.INTERNAL, detail)(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            REQUESTS.labels(route, str(status)).inc()
+            level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
+            facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            milliseconds = round((time.perf_counter() - begun) * 1000, 2)
+            logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
+
+
+class BodyLimit:
+    """Refuse a body over the limit: by its declared length before any of it is read, else as soon as it is passed.
+
+    A client that leaves before its body's end is a ClientGone, whoever was reading.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        declared = int(length) if length.isdigit() else 0
+        received, whole = 0, False
+
+        async def receive_capped() -> Message:
+            nonlocal received, whole
+            if declared > self.max_bytes:
+                raise self._too_large(f"{declared}")
+            message = await receive()
+            if message["type"] == "http.disconnect" and not whole:
+                raise ClientGone("the client closed the connection before its request was whole")
+            whole = not message.get("more_body", False)
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise self._too_large(f"more than {self.max_bytes}")
+            return message
+
+        await self.app(scope, receive_capped, send)
+
+    def _too_large(self, size: str) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"the body has {size} bytes; the limit is {self.max_bytes} (SAFELIGHT_MAX_BODY_BYTES): "
+            "send fewer or smaller pictures",
+            limit=self.max_bytes,
+        )

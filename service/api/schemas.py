@@ -1,0 +1,111 @@
+"""The bodies of requests and replies, and nothing else."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from training.bundle.answers import Answer
+from training.bundle.manifest import Manifest
+
+
+class Score(BaseModel):
+    label: str
+    index: int
+    probability: float
+
+
+class Problem(BaseModel):
+    """RFC 9457; `code` is stable, `detail` is for people. More members, as `limit`, may stand beside them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+
+
+class Prediction(BaseModel):
+    """The best class, its calibrated probability, and the `top_k` best classes."""
+
+    label: str
+    index: int
+    probability: float
+    scores: list[Score] = Field(description="best first")
+    in_distribution: bool = Field(description="false: the picture is unlike what the model was trained on")
+
+    @classmethod
+    def of(cls, answer: Answer) -> "Prediction":
+        best, *_ = scores = [Score(**vars(score)) for score in answer.scores]
+        return cls(**vars(best), scores=scores, in_distribution=answer.in_distribution)
+
+
+class FailedPrediction(BaseModel):
+    error: Problem
+
+
+class Predictions(BaseModel):
+    """One entry for each picture, in the request's order."""
+
+    model: str
+    version: str
+    predictions: list[Prediction | FailedPrediction]
+
+
+class Base64Images(BaseModel):
+    """Pictures as base64 or data URIs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[str]
+
+
+class VersionSummary(BaseModel):
+    version: str
+    state: Literal["unverified", "ready", "loaded", "refused"]
+    reason: str | None = Field(description="why it was refused")
+    active: bool
+    created_at: datetime | None
+    accuracy: float | None
+    weights_sha256: str | None
+
+
+class Model(BaseModel):
+    name: str
+    active: str | None = Field(description="the version that answers when a request names none")
+    default: bool = Field(description="answers when a request names no model")
+    classes: list[str] = Field(description="of the active version, in index order")
+    versions: list[VersionSummary]
+
+
+class Models(BaseModel):
+    models: list[Model]
+
+
+class VersionDetail(VersionSummary):
+    manifest: Manifest | None
+    report: dict[str, Any] | None = Field(description="metrics, confusion matrix and training history")
+
+
+class Active(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: str
+
+
+class Health(BaseModel):
+    status: Literal["live", "ready"]
+
+
+class Info(BaseModel):
+    name: str
+    version: str
+    versions: dict[str, str] = Field(description="of what it runs on")
+    device: str
+    threads: int
+    workers: int
+    limits: dict[str, float]
+    engines: list[dict[str, Any]] = Field(description="each loaded version's way to run, and what was timed")

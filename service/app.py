@@ -1,0 +1,79 @@
+"""All wiring, in running order: settings → registry → routers → middleware."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypedDict
+
+import torch
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+
+from service import telemetry
+from service.api import health, models, predictions, problems
+from service.api.middleware import BodyLimit, Observe
+from service.inference.registry import Limits, Registry
+from service.lifecycle import Lifecycle, drain_on_sigterm
+from service.settings import Settings
+from training import SafelightError, __version__
+from training.devices import choose_device, processors
+
+
+class State(TypedDict):
+    settings: Settings
+    registry: Registry
+    lifecycle: Lifecycle
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application; uvicorn calls this in each worker, with settings from the environment."""
+    settings = settings or Settings.read()
+    telemetry.configure_logging(settings.log_level, settings.log_format)
+    app = FastAPIOffline(
+        title="Safelight",
+        version=__version__,
+        summary="Post an image, get a calibrated answer.",
+        lifespan=resources(settings),
+        redoc_url=None,
+    )
+    app.include_router(predictions.router, tags=["predict"])
+    app.include_router(models.router, tags=["models"])
+    app.include_router(health.router, tags=["health"])
+    app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
+
+    app.add_exception_handler(SafelightError, problems.on_safelight_error)
+    app.add_exception_handler(RequestValidationError, problems.on_invalid_parameter)
+    app.add_exception_handler(HTTPException, problems.on_http_exception)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(Observe)  # the last one added is the first to see a request
+    return app
+
+
+def resources(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
+    """What lives as long as the application: the registry, and the readiness that SIGTERM ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        limits = engine_limits(settings)
+        torch.set_num_threads(limits.threads)
+        lifecycle = Lifecycle()
+        async with Registry.open(settings.artifacts, limits, settings.default_model) as registry:
+            with drain_on_sigterm(lifecycle, settings.drain_seconds):
+                yield {"settings": settings, "registry": registry, "lifecycle": lifecycle}
+
+    return lifespan
+
+
+def engine_limits(settings: Settings) -> Limits:
+    """What one worker may use. Raises DeviceUnavailable."""
+    return Limits(
+        device=choose_device(settings.device),
+        threads=settings.threads or max(1, processors() // settings.workers),
+        max_batch=settings.max_batch,
+        queue_size=settings.queue_size,
+        max_pixels=settings.max_image_pixels,
+        loaded_versions=settings.loaded_versions,
+        rescan_seconds=settings.rescan_seconds,
+    )

@@ -1,0 +1,179 @@
+"""The Python client, sync and async: the HTTP API as methods.
+
+    with Client() as safelight:
+        for prediction in safelight.predict(Path("digit.png"), model="mnist").predictions:
+            print(prediction.label, prediction.probability)
+
+A method's calls are described once, below; the two clients only differ in how they send them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from service.api.schemas import Health, Info, Model, Models, Predictions, Problem, VersionDetail
+
+URL = "http://127.0.0.1:8000"
+TIMEOUT = 30.0  # seconds; the service itself gives up after 10
+
+Picture = bytes | Path
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+class ProblemError(Exception):
+    """The service refused or failed; `problem` is its reply, `retry_after` the seconds that it asks to wait."""
+
+    def __init__(self, problem: Problem, retry_after: float | None) -> None:
+        super().__init__(f"{problem.code}: {problem.detail}")
+        self.problem = problem
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class _Call(Generic[Reply]):
+    reply: type[Reply]
+    method: str
+    path: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _predict(
+    pictures: Sequence[Picture], model: str | None, version: str | None, top_k: int | None
+) -> _Call[Predictions]:
+    parts = []
+    for index, picture in enumerate(pictures):
+        content = picture if isinstance(picture, bytes) else picture.read_bytes()
+        parts.append(("file", (f"{index}", content, "application/octet-stream")))
+    named = {"model": model, "version": version, "top_k": top_k}
+    query = {key: value for key, value in named.items() if value is not None}
+    return _Call(Predictions, "POST", "/predict", {"files": parts, "params": query})
+
+
+def _models() -> _Call[Models]:
+    return _Call(Models, "GET", "/models")
+
+
+def _model(model: str) -> _Call[Model]:
+    return _Call(Model, "GET", f"/models/{model}")
+
+
+def _version(model: str, version: str) -> _Call[VersionDetail]:
+    return _Call(VersionDetail, "GET", f"/models/{model}/versions/{version}")
+
+
+def _activate(model: str, version: str) -> _Call[Model]:
+    return _Call(Model, "PUT", f"/models/{model}/active", {"json": {"version": version}})
+
+
+def _info() -> _Call[Info]:
+    return _Call(Info, "GET", "/info")
+
+
+def _ready() -> _Call[Health]:
+    return _Call(Health, "GET", "/health/ready")
+
+
+def _read(call: _Call[Reply], response: httpx.Response) -> Reply:
+    if response.is_success:
+        return call.reply.model_validate_json(response.content)
+    if not response.headers.get("content-type", "").startswith("application/problem+json"):
+        response.raise_for_status()  # not ours: a proxy's answer
+    wait = response.headers.get("retry-after")
+    raise ProblemError(Problem.model_validate_json(response.content), float(wait) if wait else None)
+
+
+class Client:
+    """Raises ProblemError for what the service refuses, and httpx.HTTPError where it can't be reached."""
+
+    def __init__(self, url: str = URL, *, timeout: float = TIMEOUT) -> None:
+        self._http = httpx.Client(base_url=url, timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _send(self, call: _Call[Reply]) -> Reply:
+        return _read(call, self._http.request(call.method, call.path, **call.options))
+
+    def predict(
+        self, *pictures: Picture, model: str | None = None, version: str | None = None, top_k: int | None = None
+    ) -> Predictions:
+        """Classify pictures, given as bytes or as paths; one entry each, in order."""
+        return self._send(_predict(pictures, model, version, top_k))
+
+    def models(self) -> list[Model]:
+        return self._send(_models()).models
+
+    def model(self, model: str) -> Model:
+        return self._send(_model(model))
+
+    def version(self, model: str, version: str) -> VersionDetail:
+        return self._send(_version(model, version))
+
+    def activate(self, model: str, version: str) -> Model:
+        """Promote a version, or roll back to one."""
+        return self._send(_activate(model, version))
+
+    def info(self) -> Info:
+        return self._send(_info())
+
+    def ready(self) -> Health:
+        return self._send(_ready())
+
+
+class AsyncClient:
+    """The same, to be awaited."""
+
+    def __init__(self, url: str = URL, *, timeout: float = TIMEOUT) -> None:
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _send(self, call: _Call[Reply]) -> Reply:
+        return _read(call, await self._http.request(call.method, call.path, **call.options))
+
+    async def predict(
+        self, *pictures: Picture, model: str | None = None, version: str | None = None, top_k: int | None = None
+    ) -> Predictions:
+        """Classify pictures, given as bytes or as paths; one entry each, in order."""
+        return await self._send(_predict(pictures, model, version, top_k))
+
+    async def models(self) -> list[Model]:
+        return (await self._send(_models())).models
+
+    async def model(self, model: str) -> Model:
+        return await self._send(_model(model))
+
+    async def version(self, model: str, version: str) -> VersionDetail:
+        return await self._send(_version(model, version))
+
+    async def activate(self, model: str, version: str) -> Model:
+        """Promote a version, or roll back to one."""
+        return await self._send(_activate(model, version))
+
+    async def info(self) -> Info:
+        return await self._send(_info())
+
+    async def ready(self) -> Health:
+        return await self._send(_ready())

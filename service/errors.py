@@ -1,0 +1,99 @@
+"""What can go wrong with a request, in words that know no HTTP; `api/problems.py` gives each a status.
+
+* ServiceError
+  + ModelNotFound          no such model
+  + VersionNotFound        no such version of a model that exists
+  + VersionRefused         the version is there, but failed its verification
+  + VersionActive          an active version can't be deleted
+  + ArtifactsUnwritable    a change of the artifacts folder that the system refuses
+  + TopKOutOfRange         more classes asked for than the model has
+  + NoImages               a request without a picture
+  + TooManyImages          more pictures in one request than the limit
+  + BodyTooLarge           more bytes in one request than the limit
+  + UnsupportedBody        a content type that isn't read
+  + MalformedBody          a body that isn't what its content type says
+  + InvalidBase64          a picture in JSON that isn't base64
+  + QueueFull              no room now; there will be in a moment
+  + DeadlineExceeded       the answer would come too late
+  + InferenceFailed        the model itself failed on this picture
+  + ClientGone             nobody waits for the answer any more
+  + NotReady               no model can answer yet or at all, or the service is stopping
+"""
+
+from training import SafelightError
+
+
+class ServiceError(SafelightError):
+    """What the service refuses, and says so to the client."""
+
+
+class ModelNotFound(ServiceError):
+    pass
+
+
+class VersionNotFound(ServiceError):
+    pass
+
+
+class VersionRefused(ServiceError):
+    pass
+
+
+class VersionActive(ServiceError):
+    pass
+
+
+class ArtifactsUnwritable(ServiceError):
+    pass
+
+
+class TopKOutOfRange(ServiceError):
+    pass
+
+
+class NoImages(ServiceError):
+    pass
+
+
+class TooManyImages(ServiceError):
+    pass
+
+
+class BodyTooLarge(ServiceError):
+    pass
+
+
+class UnsupportedBody(ServiceError):
+    pass
+
+
+class MalformedBody(ServiceError):
+    pass
+
+
+class InvalidBase64(ServiceError):
+    pass
+
+
+class QueueFull(ServiceError):
+    """`retry_after` is the time in seconds until what waits now is done, from the measured rate."""
+
+    def __init__(self, message: str, *, retry_after: float, **facts: object) -> None:
+        super().__init__(message, **facts)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(ServiceError):
+    pass
+
+
+class InferenceFailed(ServiceError):
+    pass
+
+
+class ClientGone(ServiceError):
+    pass
+
+
+class NotReady(ServiceError):
+    pass

@@ -1,0 +1,1 @@
+"""Bytes to answers: registry, predictor, batcher, engine. Knows no FastAPI."""

@@ -1,0 +1,198 @@
+"""Pictures of many requests become batches, and each request gets its own answers back.
+
+Work-conserving: an idle engine starts at once with what is there, and while it runs, arrivals gather into the next
+batch. No picture waits for company. What can't be held is refused at the door; what nobody waits for any more, or
+would come too late, is dropped before it is computed.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
+from service.telemetry import logger
+from training.bundle.answers import Logits
+from training.bundle.images import Pixels
+
+Row = NDArray[np.float32]  # the logits of one picture, [K]
+Outcome = Row | InferenceFailed
+Run = Callable[[NDArray[np.uint8]], Logits]  # uint8 [N, C, H, W] → float32 [N, K]; called in the executor
+
+
+class Meter(Protocol):
+    """What the batcher reports: how many pictures are pending, and the size of each batch."""
+
+    def pending(self, images: int) -> None: ...
+
+    def batch(self, size: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Submission:
+    """The pictures of one request, and what came of them. The deadline is in the event loop's time, which may be
+    coarse; what is measured is in `perf_counter` seconds."""
+
+    images: Sequence[Pixels]
+    deadline: float
+    submitted: float
+    done: asyncio.Future[None]
+    started: float | None = None  # when the first of them went to the engine
+    finished: float = 0.0
+    settled: dict[int, Outcome] = field(default_factory=dict)
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """In the order of `images`; whole once `done`."""
+        return [self.settled[place] for place in range(len(self.images))]
+
+    @property
+    def abandoned(self) -> bool:
+        return self.done.done()
+
+    def settle(self, place: int, outcome: Outcome, now: float) -> None:
+        self.settled[place] = outcome
+        if len(self.settled) == len(self.images) and not self.abandoned:
+            self.finished = now
+            self.done.set_result(None)
+
+
+class Batcher:
+    """One queue before one engine. `device` is held while a batch runs: engines that share a device take turns."""
+
+    def __init__(
+        self,
+        run: Run,
+        executor: Executor,
+        device: asyncio.Lock,
+        *,
+        max_batch: int,
+        queue_size: int,
+        seconds_per_image: float,
+        meter: Meter,
+    ) -> None:
+        self._run = run
+        self._executor = executor
+        self._device = device
+        self._max_batch = max_batch
+        self._queue_size = queue_size
+        self._seconds_per_image = seconds_per_image  # measured at load, then followed
+        self._meter = meter
+        self._queue: deque[tuple[Submission, int]] = deque()
+        self._pending = 0
+        self._arrived = asyncio.Event()
+        self._worker = asyncio.create_task(self._work(), name="batcher")
+
+    @contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull."""
+        if self._pending + count > self._queue_size:
+            wait = self._pending * self._seconds_per_image
+            raise QueueFull(
+                f"{self._pending} pictures are waiting and {count} more don't fit: the limit is {self._queue_size}; "
+                f"try again in {max(1, math.ceil(wait))} s",
+                retry_after=wait,
+                limit=self._queue_size,
+                pending=self._pending,
+            )
+        self._count(count)
+        try:
+            yield
+        finally:
+            self._count(-count)
+
+    async def submit(self, images: Sequence[Pixels], deadline: float) -> Submission:
+        """Compute pictures [C, H, W]; returns when each has an outcome. Raises DeadlineExceeded.
+
+        A caller that is cancelled takes its waiting pictures with it.
+        """
+        loop = asyncio.get_running_loop()
+        submission = Submission(images, deadline, time.perf_counter(), loop.create_future())
+        self._queue.extend((submission, place) for place in range(len(images)))
+        self._arrived.set()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await submission.done
+        except TimeoutError:
+            stage = "queue" if submission.started is None else "infer"
+            raise DeadlineExceeded(f"the deadline passed in the {stage} stage", stage=stage) from None
+        finally:
+            submission.done.cancel()  # no-op when it is done; else the queue drops what is left of it
+        return submission
+
+    async def close(self) -> None:
+        """Answer what is queued, then stop."""
+        await asyncio.sleep(0.01)  # for a request that has chosen this version and is about to be admitted
+        while self._pending:
+            await asyncio.sleep(0.01)
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+
+    def _count(self, change: int) -> None:
+        self._pending += change
+        self._meter.pending(self._pending)
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            async with self._device:
+                batch = self._next_batch(loop.time())
+                if not batch:
+                    self._arrived.clear()
+                    continue
+                outcomes = await self._run_batch(batch)
+            now = time.perf_counter()
+            for (submission, place), outcome in zip(batch, outcomes, strict=True):
+                submission.settle(place, outcome, now)
+
+    async def _run_batch(self, batch: list[tuple[Submission, int]]) -> list[Outcome]:
+        """One outcome for each picture, come what may: the worker must outlive any batch."""
+        images = [submission.images[place] for submission, place in batch]
+        begun = time.perf_counter()
+        for submission, _ in batch:
+            submission.started = submission.started or begun
+        try:
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, images)
+            taken = time.perf_counter() - begun
+            self._seconds_per_image += 0.1 * (taken / len(batch) - self._seconds_per_image)
+            self._meter.batch(len(batch))
+        except Exception as error:
+            logger.exception("a batch failed outside the engine")
+            return [InferenceFailed(f"the batch of this picture failed ({type(error).__name__})")] * len(batch)
+        return outcomes
+
+    def _next_batch(self, now: float) -> list[tuple[Submission, int]]:
+        """Take what somebody still waits for and can still be in time."""
+        batch: list[tuple[Submission, int]] = []
+        while self._queue and len(batch) < self._max_batch:
+            submission, place = self._queue.popleft()
+            if submission.abandoned or submission.deadline <= now:
+                continue  # past its deadline: the waiting side says so by itself
+            batch.append((submission, place))
+        return batch
+
+    def _compute(self, images: list[Pixels]) -> list[Outcome]:
+        """In the executor: run a batch; where it fails, halve it until only the guilty pictures fail."""
+        try:
+            logits = self._run(np.stack(images))  # [N, K]
+            if len(logits) != len(images):
+                raise ValueError(f"the engine answered {len(images)} pictures with {len(logits)} rows")
+        except Exception as error:  # whatever the engine's library raises
+            failure = error
+        else:
+            broken = InferenceFailed("the model answered this picture with NaN or infinity")
+            return [row if np.isfinite(row).all() else broken for row in logits]
+        if len(images) > 1:
+            half = len(images) // 2
+            return self._compute(images[:half]) + self._compute(images[half:])
+        logger.error("the engine failed on a picture", exc_info=failure)
+        return [InferenceFailed(f"the model failed on this picture ({type(failure).__name__})")]

@@ -1,0 +1,231 @@
+"""One loaded bundle on one device: a uint8 batch in, logits out.
+
+At load the bundle is verified, then every way to run it that this machine offers is timed; the fastest that agrees with
+float32 on the golden samples is kept. Knows nothing of HTTP, of picture files, or of who is waiting. One of the two
+places that know `torch.jit`.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from service.telemetry import logger
+from training.bundle import store
+from training.bundle.answers import Logits
+from training.bundle.golden import Golden, GoldenMismatch, compare, read_golden
+from training.bundle.manifest import GOLDEN, MODULE, BundleError, Manifest
+
+Images = NDArray[np.uint8]  # [N, C, H, W]
+Runner = Callable[[Images], Logits]
+
+# How far a faster way may stray from float32 on the golden samples, and float32 here from float32 at the exporter's.
+MAX_ARGMAX_DIFFERENCES = 1
+MAX_PROBABILITY_DIFFERENCE = 0.02
+MAX_LOGIT_DIFFERENCE = 1e-3
+
+TIMED_BATCHES = (1, 8, 32)
+REPEATS = 5
+
+
+class ModuleUnreadable(BundleError):
+    """model.ts isn't TorchScript, or doesn't run."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way to run a bundle: median milliseconds by batch size, and how far it is from float32."""
+
+    name: str
+    milliseconds: dict[int, float]
+    argmax_differences: int
+    probability_difference: float
+    refused: str | None  # why it can't be chosen
+
+    @property
+    def cost(self) -> float:
+        """Geometric mean over batch sizes: a lone request and a full batch count alike."""
+        return statistics.geometric_mean(self.milliseconds.values())
+
+
+@dataclass(frozen=True)
+class Engine:
+    manifest: Manifest
+    run: Runner
+    chosen: str
+    timings: list[Timing]
+    device: str
+
+    def describe(self) -> dict[str, Any]:
+        """For /info: what was chosen, and the table that it was chosen by."""
+        return {"engine": self.chosen, "device": self.device, "timings": [asdict(timing) for timing in self.timings]}
+
+    @property
+    def seconds_per_image(self) -> float:
+        """At the largest timed batch: the rate that the batcher starts from."""
+        timing = next(timing for timing in self.timings if timing.name == self.chosen)
+        batch, milliseconds = max(timing.milliseconds.items())
+        return milliseconds / 1000 / batch
+
+
+def load(folder: Path, manifest: Manifest, device: torch.device) -> Engine:
+    """Verify a bundle, choose how to run it, and warm it up. Raises BundleError with the reason for a bad one."""
+    store.check_files(folder, manifest)
+    store.check_checkpoint(folder, manifest)
+    golden = read_golden(folder / GOLDEN, manifest)
+    module = _read_module(folder / MODULE)
+    reference = _reference(module, golden, manifest)
+    timings, runners = [], {}
+    for name, make in _candidates(folder / MODULE, manifest, device):
+        try:
+            runner = make()
+            timings.append(_time(name, runner, golden, reference, manifest))
+        except Exception as error:  # a backend that can't run this module, whatever it raises, is merely not chosen
+            logger.warning("candidate failed", extra={"candidate": name, "reason": _last_line(error)})
+            continue
+        runners[name] = runner
+    good = [timing for timing in timings if timing.refused is None]
+    if not good:
+        raise GoldenMismatch("no way to run the module on this machine agrees with its golden samples")
+    best = min(good, key=lambda timing: timing.cost)
+    return Engine(manifest, runners[best.name], best.name, timings, str(device))
+
+
+def _reference(module: nn.Module, golden: Golden, manifest: Manifest) -> Logits:
+    """Run the golden samples in float32 on the CPU: this is the module, or it is refused."""
+    try:
+        logits = _torch_runner(module, torch.device("cpu"), torch.float32)(golden.images)
+    except Exception as error:  # TorchScript is a program of somebody's: it raises and returns what it likes
+        raise ModuleUnreadable(f"{MODULE} doesn't run: {_last_line(error)}") from error
+    agreement = compare(golden.logits, logits, manifest.calibration.temperature)
+    if agreement.logit_difference > MAX_LOGIT_DIFFERENCE:
+        raise GoldenMismatch(
+            f"the module misses its golden logits by {agreement.logit_difference:.1e} "
+            f"(allowed: {MAX_LOGIT_DIFFERENCE:.0e})"
+        )
+    return logits
+
+
+def _time(name: str, runner: Runner, golden: Golden, reference: Logits, manifest: Manifest) -> Timing:
+    logits = np.concatenate([runner(chunk) for chunk in np.array_split(golden.images, 8)])
+    agreement = compare(reference, logits, manifest.calibration.temperature)
+    refused = None
+    if agreement.argmax_differences > MAX_ARGMAX_DIFFERENCES:
+        refused = f"{agreement.argmax_differences} of {len(logits)} best classes differ from float32"
+    elif agreement.probability_difference > MAX_PROBABILITY_DIFFERENCE:
+        refused = f"a probability differs from float32 by {agreement.probability_difference:.3f}"
+    milliseconds = {batch: _median_milliseconds(runner, golden.images[:batch]) for batch in TIMED_BATCHES}
+    return Timing(name, milliseconds, agreement.argmax_differences, agreement.probability_difference, refused)
+
+
+def _median_milliseconds(runner: Runner, images: Images) -> float:
+    for _ in range(2):  # TorchScript profiles two runs of a shape before it is fast
+        runner(images)
+    seconds = []
+    for _ in range(REPEATS):
+        begun = time.perf_counter()
+        runner(images)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds) * 1000
+
+
+def _candidates(path: Path, manifest: Manifest, device: torch.device) -> Iterator[tuple[str, Callable[[], Runner]]]:
+    """Every way to run a module on this device, by name."""
+    yield "torchscript float32", lambda: _torch_runner(_read_module(path), device, torch.float32)
+    if device.type == "cpu":
+        if torch.cpu.get_capabilities().get("amx_bf16", False):
+            yield "torchscript bfloat16", lambda: _torch_runner(_read_module(path), device, torch.bfloat16)
+        for precision in _openvino_precisions():
+            yield f"openvino {precision}", partial(_openvino_runner, path, manifest, precision)
+    else:
+        yield "torchscript float16", lambda: _torch_runner(_read_module(path), device, torch.float16)
+
+
+# --- TorchScript ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """TorchScript is deprecated, and says so at each call. We know; see docs/decisions.md."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*torch\.jit.*", FutureWarning)
+        warnings.filterwarnings("ignore", r".*torch\.jit.*", DeprecationWarning)
+        yield
+
+
+def _read_module(path: Path) -> nn.Module:
+    try:
+        with _quiet():
+            module: nn.Module = torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise ModuleUnreadable(f"{MODULE} isn't a TorchScript file: {_last_line(error)}") from error
+    return module.eval()
+
+
+def _torch_runner(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Runner:
+    """The module casts pixels to the type of its own buffers, so `to(dtype)` is all that a precision takes."""
+    placed = module.to(device, dtype)
+    if device.type == "cpu":
+        with _quiet():
+            placed = torch.jit.optimize_for_inference(torch.jit.freeze(placed))
+
+    @torch.inference_mode()
+    def run(images: Images) -> Logits:
+        return placed(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    return run
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+
+
+# --- OpenVINO ---------------------------------------------------------------------------------------------------------
+
+
+def _openvino_precisions() -> list[str]:
+    """What OpenVINO can compute fast here: bf16 only with AMX; without its tiles it is slower than f32."""
+    try:
+        import openvino  # noqa: F401 - 0.2 s to import, and absent where it has no wheels
+    except ImportError:
+        return []
+    return ["f32", "bf16"] if torch.cpu.get_capabilities().get("amx_bf16", False) else ["f32"]
+
+
+def _openvino_runner(path: Path, manifest: Manifest, precision: str) -> Runner:
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    shape = manifest.input.shape
+    example = torch.zeros(1, *shape, dtype=torch.uint8)
+    with _quiet():
+        decoder = TorchScriptPythonDecoder(_read_module(path), example_input=example)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    model = frontend.convert(frontend.load(decoder))
+    pixels = model.inputs[0].get_node()
+    pixels.set_element_type(openvino.Type.u8)
+    pixels.set_partial_shape(openvino.PartialShape([-1, *shape]))
+    model.validate_nodes_and_infer_types()
+    options: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+
+    def run(images: Images) -> Logits:
+        request.infer({0: images}, share_inputs=True)
+        return request.get_output_tensor(0).data.copy()  # the next run writes over it
+
+    return run

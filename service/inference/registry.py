@@ -1,0 +1,370 @@
+"""Which versions exist, which are good, and which one answers.
+
+The artifacts folder is the truth: it is scanned at start and then again and again, so a finished job, a person who
+copies a folder, and another worker's promotion all arrive the same way. A version is loaded beside the others,
+verified and warmed, before it may answer; it leaves only after its last request.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import torch
+
+from service.errors import (
+    ArtifactsUnwritable,
+    ModelNotFound,
+    NotReady,
+    ServiceError,
+    VersionActive,
+    VersionNotFound,
+    VersionRefused,
+)
+from service.inference import engine
+from service.inference.batcher import Batcher
+from service.inference.predictor import Predictor
+from service.telemetry import BATCH_SIZE, PENDING, logger
+from training.bundle import store
+from training.bundle.manifest import BundleError, Manifest
+from training.bundle.store import BundleRef
+
+T = TypeVar("T")
+Signature = tuple[tuple[str, int, int], ...]  # (name, size, modification time) of every file
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine and its queue may take; from the settings."""
+
+    device: torch.device
+    threads: int
+    max_batch: int
+    queue_size: int
+    max_pixels: int
+    loaded_versions: int
+    rescan_seconds: float
+
+
+@dataclass(eq=False)
+class Entry:
+    """One version that was found. `state` is unverified, then ready (on disk), loaded (in memory) or refused."""
+
+    ref: BundleRef
+    signature: Signature
+    state: Literal["unverified", "ready", "loaded", "refused"] = "unverified"
+    manifest: Manifest | None = None
+    reason: str | None = None  # why it was refused
+    predictor: Predictor | None = None  # while it is loaded
+    used: float = 0.0  # when it was last asked, monotonic seconds
+
+
+@dataclass(eq=False)
+class Line:
+    """One model: its versions by number, oldest first, and the active one."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    active: str | None = None
+    ignored: str | None = None  # a pointer that can't be followed, so that it is logged once
+
+
+class _Meter:
+    """The batcher's figures, under this version's labels."""
+
+    def __init__(self, ref: BundleRef) -> None:
+        self._pending = PENDING.labels(ref.model, ref.version)
+        self._batch = BATCH_SIZE.labels(ref.model, ref.version)
+
+    def pending(self, images: int) -> None:
+        self._pending.set(images)
+
+    def batch(self, size: int) -> None:
+        self._batch.observe(size)
+
+
+class Registry:
+    def __init__(self, artifacts: Path, limits: Limits, default_model: str) -> None:
+        self.artifacts = artifacts
+        self.limits = limits
+        self.default_model = default_model
+        self.lines: dict[str, Line] = {}
+        self.unreadable: dict[str, str] = {}  # models whose folder can't be listed, and why
+        self._changing = asyncio.Lock()  # one change at a time: a scan, a load, a promotion
+        self._device = asyncio.Lock()  # engines take turns on the one device
+        self._engines = ThreadPoolExecutor(1, "engine")
+        self._decoders = ThreadPoolExecutor(limits.threads, "decode")
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._tasks: set[asyncio.Task[object]] = set()  # the event loop itself holds tasks only weakly
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, artifacts: Path, limits: Limits, default_model: str) -> AsyncIterator[Self]:
+        """Load what is there, then keep watching. Raises OSError where artifacts can't be read."""
+        registry = cls(artifacts, limits, default_model)
+        await registry.follow()  # the versions that answer; the watcher takes the others next
+        watcher = asyncio.create_task(registry._watch(), name="watcher")
+        try:
+            yield registry
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+            await registry.close()
+
+    # --- asking ---
+
+    async def predictor(self, entry: Entry) -> Predictor:
+        """The predictor of a version, loaded if it isn't. Raises VersionRefused.
+
+        A load goes on where its caller stops waiting: the next one finds it further, or done.
+        """
+        entry.used = time.monotonic()
+        predictor = entry.predictor or await asyncio.shield(self._start(self._load_on_demand(entry)))
+        if predictor is None:
+            raise _refused(entry)
+        return predictor
+
+    def line(self, model: str) -> Line:
+        store.check_model_name(model)
+        if model not in self.lines:
+            known = ", ".join(self.lines) or "none"
+            raise ModelNotFound(f"there is no model {model!r}; there is {known}")
+        return self.lines[model]
+
+    def found(self, model: str, version: str) -> Entry:
+        """A version, in whatever state it is."""
+        line = self.line(model)
+        store.check_version(version)
+        if version not in line.entries:
+            raise VersionNotFound(f"model {model} has no version {version}; it has {', '.join(line.entries)}")
+        return line.entries[version]
+
+    def entry(self, model: str | None, version: str | None) -> Entry:
+        """The version that is to answer: of the default model if none is named, and the active one if none is.
+
+        Raises ModelNotFound, VersionNotFound, VersionRefused, NotReady.
+        """
+        model = self.default_model if model is None else model
+        line = self.line(model)
+        if version is None and line.active is None:
+            raise self._nothing_active(model, line)
+        entry = self.found(model, (line.active or "") if version is None else version)
+        if entry.state == "refused":
+            raise _refused(entry)
+        return entry
+
+    def _nothing_active(self, model: str, line: Line) -> ServiceError:
+        if any(entry.state == "unverified" for entry in line.entries.values()):
+            return NotReady(f"the versions of {model} are still being verified; try again in a moment")
+        reasons = "; ".join(f"{entry.ref} was refused: {entry.reason}" for entry in line.entries.values())
+        return VersionRefused(f"no version of {model} can answer: {reasons}; publish one that can")
+
+    # --- changing ---
+
+    async def activate(self, model: str, version: str) -> None:
+        """Let a version answer: load it beside the others, write the pointer, swap. No request is lost."""
+        async with self._changing:
+            entry = self.entry(model, version)
+            await self._load(entry)
+            if entry.state == "refused":
+                raise _refused(entry)
+            await self._write(partial(store.activate, self.artifacts, entry.ref))
+            self.lines[model].active = version
+            logger.info("activated", extra={"model": model, "version": version})
+
+    async def delete(self, model: str, version: str) -> None:
+        """Remove a version from memory and disk; requests that it has already admitted are answered."""
+        async with self._changing:
+            line, entry = self.line(model), self.found(model, version)
+            on_disk = await asyncio.to_thread(store.active, self.artifacts, model)
+            if version in (line.active, on_disk):  # another worker may just have promoted it
+                raise VersionActive(f"{entry.ref} is active; let another version answer first")
+            await self._write(partial(store.delete, self.artifacts, entry.ref))
+            self._unload(line.entries.pop(version))
+            logger.info("deleted", extra={"model": model, "version": version})
+
+    async def _write(self, change: partial[None]) -> None:
+        try:
+            await asyncio.to_thread(change)
+        except OSError as error:
+            raise ArtifactsUnwritable(f"the artifacts folder can't be written: {error.strerror}") from error
+
+    # --- following the folder ---
+
+    async def scan(self) -> None:
+        """Bring memory in line with the folder: let the versions answer that it names, then verify what is new."""
+        await self.follow()
+        entries = [entry for line in self.lines.values() for entry in line.entries.values()]
+        for entry in (entry for entry in entries if entry.state == "unverified"):
+            async with self._changing:  # let go between versions: requests may be waiting for one
+                await self._load(entry)
+                self._evict()
+
+    async def follow(self) -> None:
+        """Forget what has vanished, note what is new, and follow each model's pointer. Raises OSError."""
+        async with self._changing:
+            self._reconcile(*await asyncio.to_thread(_find, self.artifacts))
+        for model, line in list(self.lines.items()):
+            async with self._changing:
+                await self._follow(model, line)
+
+    def _reconcile(self, found: dict[BundleRef, Signature], unreadable: dict[str, str]) -> None:
+        """One entry for each version in the folder; a new one where it changed since it was refused or unloaded."""
+        for model in unreadable.keys() - self.unreadable.keys():
+            logger.warning("model can't be read", extra={"model": model, "reason": unreadable[model]})
+        self.unreadable = unreadable
+        for model, line in list(self.lines.items()):
+            if model in unreadable:
+                continue  # what is in memory goes on
+            for version in [version for version in line.entries if BundleRef(model, version) not in found]:
+                logger.info("vanished", extra={"model": model, "version": version})
+                self._unload(line.entries.pop(version))
+            if not line.entries:
+                del self.lines[model]
+        for ref, signature in found.items():
+            entries = self.lines.setdefault(ref.model, Line()).entries
+            entry = entries.get(ref.version)
+            # A loaded version stays: what is in memory was verified, whatever has happened to its files.
+            if entry is None or (entry.signature != signature and entry.state != "loaded"):
+                entries[ref.version] = Entry(ref, signature)
+        for line in self.lines.values():
+            line.entries = {version: line.entries[version] for version in sorted(line.entries, key=int)}
+
+    async def _follow(self, model: str, line: Line) -> None:
+        """Let the version answer that the folder names, once it is loaded; the one before it answers meanwhile.
+
+        Where it is refused, or none is named: the one that answers now; else the newest good one before it; else the
+        oldest good one.
+        """
+        wanted = await asyncio.to_thread(store.active, self.artifacts, model)
+        before = [version for version in line.entries if wanted and int(version) < int(wanted)]
+        order = dict.fromkeys([wanted, line.active, *reversed(before), *line.entries])
+        line.active = await self._first_good([line.entries[version] for version in order if version in line.entries])
+        ignored = wanted if wanted != line.active else None
+        if ignored not in (None, line.ignored):
+            logger.warning("pointer not followed", extra={"model": model, "wanted": wanted, "active": line.active})
+        line.ignored = ignored
+
+    async def _first_good(self, entries: list[Entry]) -> str | None:
+        for entry in entries:
+            await self._load(entry)
+            if entry.state == "loaded":
+                return entry.ref.version
+        return None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.limits.rescan_seconds)
+            try:
+                await self.scan()
+            except OSError as error:
+                logger.error("artifacts can't be read", extra={"reason": str(error)})
+            except Exception:  # whatever it was, the next scan is due
+                logger.exception("scan failed")
+
+    # --- loading and unloading ---
+
+    async def _load_on_demand(self, entry: Entry) -> Predictor | None:
+        async with self._changing:
+            await self._load(entry)
+            self._evict()
+            return entry.predictor
+
+    async def _load(self, entry: Entry) -> None:
+        """Give an entry its predictor, or the reason why it can't have one."""
+        if entry.state in ("loaded", "refused"):
+            return
+        begun = time.monotonic()
+        loop = asyncio.get_running_loop()
+        names = {"model": entry.ref.model, "version": entry.ref.version}
+        try:
+            entry.manifest = await loop.run_in_executor(self._loader, store.read_manifest, self.artifacts, entry.ref)
+            folder = entry.ref.path(self.artifacts)
+            loaded = await loop.run_in_executor(self._loader, engine.load, folder, entry.manifest, self.limits.device)
+        except Exception as error:  # a bundle is somebody's program: whatever it raises, only this version suffers
+            foreseen = isinstance(error, (BundleError, OSError))
+            entry.state, entry.reason = "refused", str(error) if foreseen else f"its verification failed: {error!r}"
+            logger.warning("refused", extra=names | {"reason": entry.reason}, exc_info=not foreseen)
+            return
+        entry.state, entry.reason = "loaded", None
+        entry.predictor = self._new_predictor(entry.ref, loaded)
+        entry.used = time.monotonic()
+        logger.info("loaded", extra=names | {"engine": loaded.chosen, "seconds": round(entry.used - begun, 2)})
+
+    def _new_predictor(self, ref: BundleRef, loaded: engine.Engine) -> Predictor:
+        batcher = Batcher(
+            loaded.run,
+            self._engines,
+            self._device,
+            max_batch=self.limits.max_batch,
+            queue_size=self.limits.queue_size,
+            seconds_per_image=loaded.seconds_per_image,
+            meter=_Meter(ref),
+        )
+        return Predictor(
+            loaded, batcher, self._decoders, threads=self.limits.threads, max_pixels=self.limits.max_pixels
+        )
+
+    def _unload(self, entry: Entry) -> None:
+        """Let go of an engine once its last request is answered; nobody waits for that."""
+        if entry.predictor is not None:
+            self._start(entry.predictor.close())
+            entry.predictor, entry.state = None, "ready"
+
+    def _evict(self) -> None:
+        """Unload the versions that were used longest ago, beyond the limit; active ones stay."""
+        idle = [
+            entry
+            for line in self.lines.values()
+            for version, entry in line.entries.items()
+            if entry.predictor and version != line.active
+        ]
+        idle.sort(key=lambda entry: entry.used, reverse=True)
+        for entry in idle[self.limits.loaded_versions :]:
+            self._unload(entry)
+
+    def _start(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._tasks)  # a load that nobody waits for any more comes to its end
+        for line in self.lines.values():
+            for entry in line.entries.values():
+                self._unload(entry)
+        await asyncio.gather(*self._tasks)
+        for executor in (self._engines, self._decoders, self._loader):
+            executor.shutdown(cancel_futures=True)
+
+
+def _find(artifacts: Path) -> tuple[dict[BundleRef, Signature], dict[str, str]]:
+    """Every version in the folder with its signature, and the models that can't be read with the reason."""
+    found, unreadable = {}, {}
+    for model in store.models(artifacts):
+        try:
+            for ref in store.versions(artifacts, model):
+                found[ref] = _signature(ref.path(artifacts))
+        except OSError as error:
+            unreadable[model] = str(error)
+    return found, unreadable
+
+
+def _signature(folder: Path) -> Signature:
+    signature = []
+    for root, _, names in os.walk(folder):
+        for path in (os.path.join(root, name) for name in names):
+            with suppress(OSError):  # it went while we looked: the next scan sees another signature
+                facts = os.lstat(path)
+                signature.append((path, facts.st_size, facts.st_mtime_ns))
+    return tuple(sorted(signature))
+
+
+def _refused(entry: Entry) -> VersionRefused:
+    return VersionRefused(f"{entry.ref} was refused: {entry.reason}; ask for another version", reason=entry.reason)

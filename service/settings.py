@@ -1,0 +1,90 @@
+"""Every setting: its type, its default and the reason for it. Read once, from SAFELIGHT_* variables."""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from training import SafelightError
+from training.bundle.manifest import ModelName
+
+PREFIX = "SAFELIGHT_"
+
+
+class SettingsInvalid(SafelightError):
+    """A variable that doesn't exist or has a value that it can't have."""
+
+
+class Settings(BaseSettings):
+    """Field descriptions are the text of docs/settings.md."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    host: str = Field("127.0.0.1", description="Address to listen on. The default is reached from this machine only.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes. One is fastest where requests can share batches; more of them divide the processors.",
+    )
+    artifacts: Path = Field(
+        Path("artifacts"), description="Folder of models; new versions are picked up while running."
+    )
+    state: Path = Field(Path("state"), description="Folder for what the service itself keeps; nothing yet.")
+    data: Path | None = Field(None, description="Folder with MNIST and CIFAR-10; only training reads it.")
+    device: str = Field("auto", description="auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu.")
+    default_model: ModelName = Field("mnist", description="The model that answers when a request names none.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="Threads of the engine; 0: the processors of this container divided by workers."
+    )
+    max_body_bytes: int = Field(
+        33_554_432, ge=1024, description="Largest request body; refused with 413 while it streams in."
+    )
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="Largest picture, width x height, read from its header before it is decoded."
+    )
+    max_images: int = Field(256, ge=1, le=100_000, description="Most pictures in one request.")
+    max_batch: int = Field(64, ge=1, le=4096, description="Most pictures that the engine computes at once.")
+    queue_size: int = Field(
+        1024, ge=1, description="Pictures that may wait or be decoded at once; beyond that, 429 with Retry-After."
+    )
+    deadline_seconds: float = Field(
+        10.0, gt=0, description="A request is answered within this time or with 504; X-Deadline-Ms may ask for less."
+    )
+    drain_seconds: float = Field(
+        0.0, ge=0, description="After SIGTERM, go on answering this long while /health/ready says 503, for balancers."
+    )
+    rescan_seconds: float = Field(1.0, gt=0, description="How often the artifacts folder is looked at for changes.")
+    loaded_versions: int = Field(
+        8, ge=1, description="Versions kept in memory beside the active ones, those used last; others load on demand."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json for machines, text for people; auto is text on a terminal."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.queue_size < self.max_images:
+            raise ValueError(f"queue_size {self.queue_size} can't hold one request of max_images {self.max_images}")
+        return self
+
+    @classmethod
+    def read(cls) -> Self:
+        """From the environment. Raises SettingsInvalid with one sentence that names the variable."""
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+        if unknown:
+            raise SettingsInvalid(f"there is no setting {unknown[0]}; docs/settings.md lists those that exist")
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "the settings"
+            value = f"={first['input']!r}" if first["loc"] else ""
+            raise SettingsInvalid(f"{name}{value}: {first['msg']}") from error

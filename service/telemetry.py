@@ -1,0 +1,76 @@
+"""What the service tells of itself: log lines and Prometheus metrics. Knows nothing of what it counts."""
+
+import logging
+import os
+import sys
+from typing import Literal, TextIO
+
+from prometheus_client import REGISTRY as THIS_PROCESS
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from pythonjsonlogger.json import JsonFormatter
+
+logger = logging.getLogger("safelight")
+
+REQUESTS = Counter("safelight_requests", "Requests answered.", ["route", "status"])
+ERRORS = Counter("safelight_errors", "Errors by their code, those of single pictures included.", ["code"])
+IMAGES = Counter("safelight_images", "Pictures answered.", ["model", "version"])
+PENDING = Gauge(
+    "safelight_pending_images",
+    "Pictures admitted and not yet answered.",
+    ["model", "version"],
+    multiprocess_mode="livesum",
+)
+BATCH_SIZE = Histogram(
+    "safelight_batch_size",
+    "Pictures that the engine computed at once.",
+    ["model", "version"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+)
+STAGE_SECONDS = Histogram(
+    "safelight_stage_seconds",
+    "Time that a request spent in a stage: decode, queue, infer; total is all of them and what lies between.",
+    ["stage", "model", "version"],
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+)
+
+
+def exposition() -> bytes:
+    """All metrics as text; with several workers, those of all of them."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(THIS_PROCESS)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def configure_logging(level: str, style: Literal["auto", "json", "text"]) -> None:
+    """One line an event, on stderr: JSON, or for people the message and its fields."""
+    handler = _Handler(sys.stderr)
+    if style == "json" or (style == "auto" and not sys.stderr.isatty()):
+        fields = ["asctime", "levelname", "name", "message"]
+        renamed = {"asctime": "at", "levelname": "level", "name": "logger", "message": "event"}
+        handler.setFormatter(JsonFormatter(fields, rename_fields=renamed))
+    else:
+        handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    root.handlers = [other for other in root.handlers if not isinstance(other, _Handler)] + [handler]
+    logging.getLogger("uvicorn.access").disabled = True  # our own line says more
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Ours, so that configuring again replaces it and leaves others alone."""
+
+
+class _TextFormatter(logging.Formatter):
+    """`12:00:01 INFO    request method=POST path=/predict …`"""
+
+    _standard = frozenset(vars(logging.makeLogRecord({})))
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {
+            key: value for key, value in vars(record).items() if key not in self._standard | {"message", "asctime"}
+        }
+        extra.pop("color_message", None)  # uvicorn's
+        line, *trace = super().format(record).split("\n")
+        return "\n".join([" ".join([line, *(f"{key}={value}" for key, value in extra.items())]), *trace])

@@ -1,0 +1,61 @@
+"""Fixtures: a clean environment for every test, and factories of real things."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.settings import Settings
+from tests.tiny import make_bundle
+
+DATA = os.environ.get("SAFELIGHT_DATA")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="SAFELIGHT_DATA isn't set: no MNIST and CIFAR-10 to test with")
+    for item in items:
+        if "data" in item.keywords and not DATA:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("SAFELIGHT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The real data; tests that ask for it carry the mark `data`."""
+    assert DATA
+    return Path(DATA).resolve()
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Path:
+    """A folder with one good model, `greys@1`."""
+    folder = tmp_path / "artifacts"
+    make_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(artifacts: Path) -> Settings:
+    return Settings(artifacts=artifacts, default_model="greys", rescan_seconds=0.1)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    """The whole application in this process, its lifespan included."""
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client

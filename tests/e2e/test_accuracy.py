@@ -1,0 +1,63 @@
+"""What is answered over HTTP is what `safelight evaluate` measures: the whole test sets, image by image."""
+
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.tiny import encode, serving
+from training import datasets, published
+from training.bundle import store
+from training.bundle.store import BundleRef
+from training.evaluate import infer
+
+ROOT = Path(__file__).parents[2]
+BATCH = 64  # images in a request
+
+# Another way to add, or another precision, may break a tie differently: classes whose logits differ by less than this.
+TIES = {"f32": 1e-3, "float32": 1e-3, "bf16": 0.25, "bfloat16": 0.25, "float16": 0.05}
+
+
+def answers_over_http(url: str, model: str, images: Tensor) -> list[int]:
+    indices = []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for chunk in images.split(BATCH):
+            pictures = [Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in chunk]
+            parts = [("file", ("x.png", encode(picture))) for picture in pictures]
+            reply = client.post("/predict", params={"model": model, "top_k": 1}, files=parts)
+            indices += [entry["index"] for entry in reply.json()["predictions"]]
+    return indices
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["mnist", "cifar10"])
+def test_http_answers_equal_the_evaluation_image_by_image(
+    model: str, data: Path, tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
+    artifacts = ROOT / "artifacts"
+    ref = BundleRef(model, store.active(artifacts, model) or "")
+    manifest, module = published.load(ref, artifacts)
+    test = datasets.load(model, manifest.input, data).test
+    logits = infer(module, test.images, torch.device("cpu")).numpy()
+
+    with serving(artifacts, tmp_path) as server:
+        served = np.array(answers_over_http(server.url, model, test.images))
+        (engine,) = (
+            one["engine"] for one in httpx.get(f"{server.url}/info").json()["engines"] if one["model"] == model
+        )
+
+    offline = logits.argmax(1)
+    differ = np.flatnonzero(served != offline)
+    gaps = logits[differ, offline[differ]] - logits[differ, served[differ]]
+    assert (gaps < TIES[engine.split()[1]]).all(), (
+        f"{len(differ)} answers differ from the evaluation, by up to {gaps.max()} in the logit"
+    )
+    accuracy = float((served == test.labels.numpy()).mean())
+    record_property("accuracy", accuracy)
+    assert abs(accuracy - manifest.metrics.accuracy) <= len(differ) / len(served)

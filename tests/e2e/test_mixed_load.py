@@ -1,0 +1,176 @@
+"""Good and bad requests of every form at once, from 64 connections: every caller gets its own answer."""
+
+import asyncio
+import base64
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.tiny import POISON, Fragile, grey, make_bundle, serving
+
+CONNECTIONS = 64
+LEAVING = 4  # clients beside them that never wait for their answer
+SECONDS = 60
+PLANNED = 3000  # different requests, drawn before the clock starts
+LEVELS = 64  # pictures that can be told apart
+
+STATUS = {
+    "not_an_image": 400,
+    "image_corrupt": 400,
+    "malformed_body": 400,
+    "no_images": 400,
+    "model_not_found": 404,
+    "version_not_found": 404,
+    "body_too_large": 413,
+    "image_too_large": 413,
+    "unsupported_media_type": 415,
+    "invalid_name": 422,
+    "invalid_parameter": 422,
+    "top_k_out_of_range": 422,
+    "inference_failed": 500,
+}
+
+# What can stand in a picture's place, and what must come back in its place: a label, or an error's code.
+levels = st.integers(0, LEVELS - 1)
+good = st.tuples(levels, st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])).map(
+    lambda drawn: (grey(drawn[0], drawn[1], levels=LEVELS), f"grey-{drawn[0]}")
+)
+bad = st.one_of(
+    st.binary(max_size=60).map(lambda data: (b"~" + data, "not_an_image")),
+    st.just((b"", "not_an_image")),
+    levels.map(lambda level: (grey(level, size=64, levels=LEVELS)[:70], "image_corrupt")),
+    levels.map(lambda level: (grey(level, size=200, levels=LEVELS), "image_too_large")),
+    levels.map(lambda level: (grey(level, levels=LEVELS, first_pixel=POISON), "inference_failed")),
+)
+pictures = st.lists(st.one_of(good, good, good, bad), min_size=1, max_size=6)
+forms = st.sampled_from(["multipart", "json", "raw"])
+
+# Requests that fail as a whole, with the code that says so.
+refused = st.sampled_from(
+    [
+        ({"url": "/predict?model=dogs", "content": grey(1)}, "model_not_found"),
+        ({"url": "/predict?model=../x", "content": grey(1)}, "invalid_name"),
+        ({"url": "/predict?version=9", "content": grey(1)}, "version_not_found"),
+        ({"url": "/predict?top_k=0", "content": grey(1)}, "top_k_out_of_range"),
+        ({"url": "/predict?top_k=x", "content": grey(1)}, "invalid_parameter"),
+        ({"url": "/predict", "content": b"{", "headers": {"Content-Type": "application/json"}}, "malformed_body"),
+        ({"url": "/predict", "content": b"a=b", "headers": {"Content-Type": "text/plain"}}, "unsupported_media_type"),
+        ({"url": "/predict", "files": {"image": b"x"}}, "no_images"),
+        ({"url": "/predict", "content": b"x" * 300_000}, "body_too_large"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, and what its answer must say: a label or a code for each picture, or the code of the whole."""
+
+    options: dict[str, object]
+    expected: list[str] | str
+
+
+def ask(form: str, asked: list[tuple[bytes, str]]) -> Ask:
+    images, expected = [image for image, _ in asked], [answer for _, answer in asked]
+    if form == "multipart":
+        options: dict[str, object] = {"files": [("file", ("x", image)) for image in images]}
+    elif form == "json":
+        options = {"json": {"images": [base64.b64encode(image).decode() for image in images]}}
+    else:
+        options = {"content": images[0]}
+        expected = expected[:1] if images[0] else ["no_images"]  # an empty raw body holds no picture at all
+    alone = len(expected) == 1 and expected[0] in STATUS
+    return Ask({"url": "/predict"} | options, expected[0] if alone else expected)
+
+
+whole = refused.map(lambda drawn: Ask(*drawn))
+asks = st.one_of(*[st.builds(ask, forms, pictures)] * 3, whole)
+
+
+def planned() -> list[Ask]:
+    plan: list[Ask] = []
+
+    @given(asked=asks)
+    @hypothesis_settings(
+        max_examples=PLANNED,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def draw(asked: Ask) -> None:
+        plan.append(asked)
+
+    draw()
+    return plan
+
+
+def check(asked: Ask, response: httpx.Response) -> None:
+    body = response.json()
+    if isinstance(asked.expected, str):
+        assert (response.status_code, body["code"]) == (STATUS[asked.expected], asked.expected)
+        return
+    assert (response.status_code, body["model"], body["version"]) == (200, "greys", "1")
+    answers = [entry["error"]["code"] if "error" in entry else entry["label"] for entry in body["predictions"]]
+    assert answers == asked.expected
+    for entry in body["predictions"]:
+        assert "error" not in entry or entry["error"]["status"] == STATUS[entry["error"]["code"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 240)
+def test_every_caller_gets_its_own_answer(tmp_path: Path) -> None:
+    classes = [f"grey-{level}" for level in range(LEVELS)]
+    make_bundle(tmp_path / "artifacts", module=Fragile(levels=LEVELS), classes=classes)
+    plan = planned()
+    with serving(
+        tmp_path / "artifacts",
+        tmp_path,
+        default_model="greys",
+        max_image_pixels="20000",
+        max_body_bytes="200000",
+        log_level="error",
+    ) as server:
+        counts = asyncio.run(load(server.url, plan))
+        assert httpx.get(f"{server.url}/health/ready").json() == {"status": "ready"}
+        last = httpx.post(f"{server.url}/predict", content=grey(3, levels=LEVELS)).json()
+        assert last["predictions"][0]["label"] == "grey-3"
+    assert min(counts[connection] for connection in range(CONNECTIONS)) > 10
+    assert counts["left"] > 10
+
+
+async def load(url: str, plan: list[Ask]) -> Counter[int | str]:
+    """Keep all connections busy until the time is over, each with the plan in an order of its own."""
+    end = time.monotonic() + SECONDS
+    counts: Counter[int | str] = Counter()
+
+    def endless(seed: int) -> Iterator[Ask]:
+        order = random.Random(seed)
+        while time.monotonic() < end:
+            yield order.choice(plan)
+
+    async def connection(number: int) -> None:
+        async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=1), timeout=60) as client:
+            for asked in endless(number):
+                check(asked, await client.request("POST", **asked.options))  # type: ignore[arg-type]
+                counts[number] += 1
+
+    async def leaver(number: int) -> None:
+        for asked in endless(-number):
+            async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+                asking = asyncio.create_task(client.request("POST", **asked.options))  # type: ignore[arg-type]
+                await asyncio.sleep(random.Random(counts["left"]).uniform(0, 0.1))
+                counts["left"] += not asking.done()
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+
+    await asyncio.gather(*map(connection, range(CONNECTIONS)), *map(leaver, range(1, LEAVING + 1)))
+    return counts

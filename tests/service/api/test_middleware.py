@@ -1,0 +1,166 @@
+import asyncio
+import json
+import logging
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from starlette.types import Message, Scope
+
+from service.api.middleware import BodyLimit
+from service.app import create_app
+from service.errors import BodyTooLarge
+from service.settings import Settings
+from tests.tiny import grey
+
+PNG = {"Content-Type": "image/png"}
+
+
+def test_a_request_id_is_made_unless_a_decent_one_is_offered(client: TestClient) -> None:
+    made = client.get("/health/live").headers["x-request-id"]
+    assert len(made) == 32
+    assert client.get("/health/live").headers["x-request-id"] != made
+    for offered, taken in (
+        ("abc-1.2:3_4", True),
+        ("x" * 129, False),
+        ("a b", False),
+        ("é".encode().decode("latin-1"), False),
+    ):
+        response = client.get("/health/live", headers={"X-Request-ID": offered.encode("latin-1")})
+        assert (response.headers["x-request-id"] == offered) is taken
+
+
+def test_one_line_tells_of_each_request(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "safelight")
+    client.post("/predict", content=grey(3), headers=PNG | {"X-Request-ID": "r-1"})
+    (record,) = [record for record in caplog.records if record.getMessage() == "request"]
+    facts = vars(record)
+    expected = {
+        "request_id": "r-1",
+        "method": "POST",
+        "path": "/predict",
+        "status": 200,
+        "model": "greys",
+        "version": "1",
+        "images": 1,
+    }
+    assert {key: facts[key] for key in expected} == expected
+    assert facts["ms"] > 0
+    assert facts["timing"].startswith("decode;dur=")
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "facts"),
+    [
+        ("", b"x", {"status": 400, "code": "not_an_image", "model": "greys", "version": "1", "images": 1}),
+        ("?model=dogs", b"x", {"status": 404, "code": "model_not_found"}),
+        ("?top_k=x", b"x", {"status": 422, "code": "invalid_parameter"}),
+    ],
+)
+def test_the_line_of_a_failed_request_has_the_code_and_what_is_known(
+    client: TestClient, caplog: pytest.LogCaptureFixture, query: str, content: bytes, facts: dict[str, object]
+) -> None:
+    caplog.set_level(logging.INFO, "safelight")
+    client.post(f"/predict{query}", content=content, headers=PNG)
+    (record,) = [record for record in caplog.records if record.getMessage() == "request"]
+    names = ("status", "code", "model", "version", "images")
+    assert {name: vars(record)[name] for name in names if name in vars(record)} == facts
+
+
+def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "safelight")
+    statuses = []
+
+    async def leave(app: FastAPI, method: str, path: str, content_type: bytes) -> None:
+        messages: list[Message] = [
+            {"type": "http.request", "body": b"--b\r\n", "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+        headers = [(b"content-type", content_type)]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+
+        async def receive() -> Message:
+            return messages.pop(0)
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        await app(scope | {"state": dict(state)}, receive, send)
+
+    app = create_app(settings)
+    with TestClient(app) as client:
+        state = client.app_state
+        for method, path, content_type in (
+            ("POST", "/predict", b"image/png"),
+            ("POST", "/predict", b"application/json"),
+            ("POST", "/predict", b"multipart/form-data; boundary=b"),
+            ("PUT", "/models/greys/active", b"application/json"),
+        ):
+            client.portal.call(leave, app, method, path, content_type)  # type: ignore[union-attr]
+    assert statuses == [499] * 4
+    requests = [vars(record) for record in caplog.records if record.getMessage() == "request"]
+    assert [line["code"] for line in requests] == ["client_gone"] * 4
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_what_nobody_caught_is_a_plain_500_without_a_trace(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    app: FastAPI = create_app(settings)
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise ZeroDivisionError("secret")
+
+    with TestClient(app) as client:
+        response = client.get("/broken")
+    assert response.headers["content-type"] == "application/problem+json"
+    request_id = response.headers["x-request-id"]
+    assert response.json() == {
+        "type": "urn:safelight:problem:internal_error",
+        "title": "Something went wrong here",
+        "status": 500,
+        "detail": f"the error is in the log under request id {request_id}",
+        "code": "internal_error",
+        "request_id": request_id,
+    }
+    assert "secret" in caplog.text
+
+
+def test_wrong_paths_and_methods_are_problems_too(client: TestClient) -> None:
+    missing, wrong = client.get("/nowhere"), client.get("/predict")
+    assert (missing.status_code, missing.json()["code"], missing.json()["detail"]) == (
+        404,
+        "not_found",
+        "GET /nowhere: Not Found",
+    )
+    assert (wrong.status_code, wrong.json()["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+
+
+def chunked(*chunks: bytes) -> list[Message]:
+    last = len(chunks) - 1
+    return [{"type": "http.request", "body": chunk, "more_body": index < last} for index, chunk in enumerate(chunks)]
+
+
+def test_a_streamed_body_is_refused_at_the_first_byte_too_many() -> None:
+    messages = chunked(b"a" * 60, b"b" * 60, b"c" * 60)
+    read: list[int] = []
+
+    async def app(scope: Scope, receive, send) -> None:  # noqa: ARG001
+        while (message := await receive()).get("more_body"):
+            read.append(len(message["body"]))
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        raise AssertionError(json.dumps(str(message)))
+
+    limited = BodyLimit(app, max_bytes=100)
+    with pytest.raises(BodyTooLarge, match=r"the body has more than 100 bytes; the limit is 100"):
+        asyncio.run(limited({"type": "http", "headers": []}, receive, send))
+    assert read == [60]
+    assert len(messages) == 1  # the third chunk was never asked for

@@ -1,0 +1,327 @@
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
+from service.inference.batcher import Batcher, Submission
+
+POISON = 255
+
+
+@dataclass
+class Engine:
+    """A run function to batch for: answers each picture with its own value, can be held, fails on poison."""
+
+    sizes: list[int] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
+    nan: int = -1
+    rows_short: int = 0
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert self.go.wait(10)
+        values = images[:, 0, 0, 0].astype(int)
+        self.sizes.append(len(values))
+        if POISON in values:
+            raise RuntimeError("poisoned")
+        self.computed.extend(values.tolist())
+        rows = np.stack([values, -values], axis=1).astype(np.float32)
+        rows[values == self.nan] = np.nan
+        return rows[self.rows_short :]
+
+
+@dataclass
+class Meter:
+    batches: list[int] = field(default_factory=list)
+    last_pending: int = 0
+    broken: bool = False
+
+    def pending(self, images: int) -> None:
+        self.last_pending = images
+
+    def batch(self, size: int) -> None:
+        if self.broken:
+            raise OSError("No space left on device")  # metrics of several workers are files
+        self.batches.append(size)
+
+
+@dataclass
+class Bench:
+    batcher: Batcher
+    engine: Engine
+    meter: Meter
+
+    async def ask(self, *values: int, seconds: float = 10) -> list[float]:
+        """Admit, submit, and read the answers back as the values that they came from; -1 for a failure."""
+        images = [np.full((1, 2, 2), value, np.uint8) for value in values]
+        with self.batcher.admit(len(images)):
+            submission = await self.batcher.submit(images, asyncio.get_running_loop().time() + seconds)
+        return answers(submission)
+
+    async def settle(self) -> None:
+        """Let everything that can happen without the engine happen."""
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+def answers(submission: Submission) -> list[float]:
+    return [-1.0 if isinstance(row, InferenceFailed) else float(row[0]) for row in submission.outcomes]
+
+
+@contextmanager
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def run(
+    test: Callable[[Bench], Awaitable[None]], *, held: bool = False, max_batch: int = 8, queue_size: int = 64
+) -> Bench:
+    """Run an async test on a fresh batcher; a held engine waits for `go`."""
+    engine, meter = Engine(), Meter()
+    if not held:
+        engine.go.set()
+
+    async def main() -> Bench:
+        with executor() as pool:
+            batcher = Batcher(
+                engine,
+                pool,
+                asyncio.Lock(),
+                max_batch=max_batch,
+                queue_size=queue_size,
+                seconds_per_image=0.5,
+                meter=meter,
+            )
+            bench = Bench(batcher, engine, meter)
+            try:
+                await test(bench)
+            finally:
+                engine.go.set()
+                await batcher.close()
+            return bench
+
+    return asyncio.run(main())
+
+
+def test_an_idle_engine_starts_at_once_and_arrivals_gather_while_it_runs() -> None:
+    async def test(bench: Bench) -> None:
+        first = asyncio.create_task(bench.ask(1))
+        await bench.settle()
+        others = [asyncio.create_task(bench.ask(value)) for value in (2, 3, 4)]
+        await bench.settle()
+        bench.engine.go.set()
+        assert await asyncio.gather(first, *others) == [[1], [2], [3], [4]]
+
+    assert run(test, held=True).meter.batches == [1, 3]
+
+
+def test_a_batch_holds_no_more_than_its_limit() -> None:
+    async def test(bench: Bench) -> None:
+        assert await bench.ask(*range(20)) == list(range(20))
+
+    assert run(test, max_batch=8).meter.batches == [8, 8, 4]
+
+
+def test_a_full_queue_refuses_with_the_time_to_wait_and_admits_again_afterwards() -> None:
+    async def test(bench: Bench) -> None:
+        waiting = asyncio.create_task(bench.ask(*range(6)))
+        await bench.settle()
+        with pytest.raises(QueueFull) as refusal:
+            await bench.ask(1, 2, 3)
+        assert refusal.value.retry_after == 6 * 0.5
+        assert refusal.value.facts == {"limit": 8, "pending": 6}
+        assert str(refusal.value) == ("6 pictures are waiting and 3 more don't fit: the limit is 8; try again in 3 s")
+        bench.engine.go.set()
+        await waiting
+        assert await bench.ask(1, 2, 3) == [1, 2, 3]
+
+    assert run(test, held=True, queue_size=8).meter.last_pending == 0
+
+
+def test_a_deadline_that_passes_in_the_queue_names_the_queue_and_nothing_is_computed() -> None:
+    async def test(bench: Bench) -> None:
+        running = asyncio.create_task(bench.ask(1))
+        await bench.settle()
+        with pytest.raises(DeadlineExceeded) as late:
+            await bench.ask(2, seconds=0.02)
+        assert (str(late.value), late.value.facts) == ("the deadline passed in the queue stage", {"stage": "queue"})
+        bench.engine.go.set()
+        assert await running == [1]
+        assert await bench.ask(3) == [3]
+
+    assert run(test, held=True).engine.computed == [1, 3]
+
+
+def test_a_deadline_that_passes_in_the_engine_names_inference() -> None:
+    async def test(bench: Bench) -> None:
+        with pytest.raises(DeadlineExceeded) as late:
+            await bench.ask(1, seconds=0.05)
+        assert late.value.facts == {"stage": "infer"}
+
+    assert run(test, held=True).meter.last_pending == 0
+
+
+def test_pictures_of_a_caller_who_left_are_not_computed() -> None:
+    async def test(bench: Bench) -> None:
+        running = asyncio.create_task(bench.ask(1))
+        await bench.settle()
+        leaving, staying = asyncio.create_task(bench.ask(2, 3)), asyncio.create_task(bench.ask(4))
+        await bench.settle()
+        leaving.cancel()
+        await bench.settle()
+        assert bench.meter.last_pending == 2
+        bench.engine.go.set()
+        assert (await running, await staying) == ([1], [4])
+
+    assert run(test, held=True).engine.computed == [1, 4]
+
+
+def test_only_the_guilty_picture_of_a_failing_batch_fails() -> None:
+    async def test(bench: Bench) -> None:
+        first = asyncio.create_task(bench.ask(9))
+        await bench.settle()
+        mixed = [asyncio.create_task(bench.ask(*values)) for values in ((1, 2), (3, POISON), (4,), (5, 6))]
+        await bench.settle()
+        bench.engine.go.set()
+        await first
+        assert await asyncio.gather(*mixed) == [[1, 2], [3, -1], [4], [5, 6]]
+
+    assert run(test, held=True).engine.sizes == [1, 7, 3, 4, 2, 1, 1, 2]
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    async def test(bench: Bench) -> None:
+        bench.engine.nan = 2
+        assert await bench.ask(1, 2, 3) == [1, -1, 3]
+
+    run(test)
+
+
+def test_an_engine_that_answers_with_too_few_rows_fails_its_pictures_and_the_next_ones_are_answered() -> None:
+    async def test(bench: Bench) -> None:
+        bench.engine.rows_short = 1
+        assert await bench.ask(1, 2) == [-1, -1]
+        bench.engine.rows_short = 0
+        assert await bench.ask(3) == [3]
+
+    run(test)
+
+
+def test_an_error_beside_the_engine_fails_its_batch_is_logged_and_does_not_stop_the_next(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.meter.broken = True
+        submission = await bench.batcher.submit([np.zeros((1, 2, 2), np.uint8)], asyncio.get_running_loop().time() + 9)
+        assert str(submission.outcomes[0]) == "the batch of this picture failed (OSError)"
+        bench.meter.broken = False
+        assert await bench.ask(3) == [3]
+
+    run(test)
+    assert caplog.messages == ["a batch failed outside the engine"]
+    assert "No space left on device" in caplog.text
+
+
+def test_the_wait_is_told_from_the_measured_rate() -> None:
+    async def test(bench: Bench) -> None:
+        for _ in range(60):
+            await bench.ask(1)
+        bench.engine.go.clear()
+        waiting = asyncio.create_task(bench.ask(*range(8)))
+        await bench.settle()
+        with pytest.raises(QueueFull) as refusal:
+            await bench.ask(1)
+        assert refusal.value.retry_after < 0.1 * 8 * 0.5  # it began with the 0.5 s a picture that it was told at load
+        bench.engine.go.set()
+        await waiting
+
+    run(test, queue_size=8)
+
+
+def test_closing_answers_what_was_admitted() -> None:
+    async def test(bench: Bench) -> None:
+        waiting = asyncio.create_task(bench.ask(1, 2, 3))
+        await bench.settle()
+        closing = asyncio.create_task(bench.batcher.close())
+        await bench.settle()
+        bench.engine.go.set()
+        assert await waiting == [1, 2, 3]
+        await closing
+
+    run(test, held=True)
+
+
+def test_two_engines_on_one_device_take_turns() -> None:
+    async def main() -> list[str]:
+        order: list[str] = []
+        device = asyncio.Lock()
+
+        def engine(name: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+            def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+                order.append(name)
+                return np.zeros((len(images), 2), np.float32)
+
+            return run
+
+        with ThreadPoolExecutor(2) as pool:
+            batchers = {
+                name: Batcher(
+                    engine(name), pool, device, max_batch=1, queue_size=99, seconds_per_image=0, meter=Meter()
+                )
+                for name in "ab"
+            }
+            images = [np.zeros((1, 2, 2), np.uint8)] * 4
+            later = asyncio.get_running_loop().time() + 10
+            await asyncio.gather(*(batcher.submit(images, later) for batcher in batchers.values()))
+            for batcher in batchers.values():
+                await batcher.close()
+        return order
+
+    assert asyncio.run(main()) == ["a", "b"] * 4
+
+
+requests = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from([*range(1, 20), POISON]), min_size=1, max_size=5),
+        st.sampled_from(["stay", "stay", "leave"]),
+        st.integers(0, 2),  # turns of the event loop before the next request comes
+    ),
+    max_size=15,
+)
+
+
+@given(requests=requests, max_batch=st.integers(1, 7), queue_size=st.integers(5, 20))
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_whatever_comes_and_goes_each_caller_gets_its_own_answers(
+    requests: list[tuple[list[int], str, int]], max_batch: int, queue_size: int
+) -> None:
+    async def test(bench: Bench) -> None:
+        tasks = []
+        for values, fate, turns in requests:
+            task = asyncio.create_task(bench.ask(*values))
+            tasks.append((values, fate, task))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if fate == "leave":
+                task.cancel()
+        for values, fate, task in tasks:
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(outcome, list):
+                assert outcome == [-1.0 if value == POISON else value for value in values]
+            else:
+                assert isinstance(outcome, QueueFull if fate == "stay" else (QueueFull, asyncio.CancelledError))
+
+    bench = run(test, max_batch=max_batch, queue_size=queue_size)
+    assert bench.meter.last_pending == 0
+    assert all(size <= max_batch for size in bench.engine.sizes)

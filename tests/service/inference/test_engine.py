@@ -1,0 +1,177 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from service.inference import engine
+from tests.tiny import GREYS, SPEC, Fragile, Greys, Pair, flip_a_bit, make_bundle
+from training.bundle import store
+from training.bundle.answers import Logits
+from training.bundle.golden import read_golden
+from training.bundle.manifest import CHECKPOINT, GOLDEN, MANIFEST, MODULE, BundleError, Manifest
+from training.bundle.store import BundleRef, file_facts
+
+CPU = torch.device("cpu")
+
+
+def load(artifacts: Path, ref: BundleRef) -> engine.Engine:
+    return engine.load(ref.path(artifacts), store.read_manifest(artifacts, ref), CPU)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[[Callable[[Path], None]], str]:
+    """Publish a good bundle, break its files, make the manifest agree with them again, and return why it is refused."""
+
+    def why(damage: Callable[[Path], None], module: nn.Module | None = None) -> str:
+        ref = make_bundle(tmp_path, module=module)
+        folder = ref.path(tmp_path)
+        damage(folder)
+        record_files(folder)
+        with pytest.raises(BundleError) as refusal:
+            load(tmp_path, ref)
+        return f"{type(refusal.value).__name__}: {refusal.value}"
+
+    return why
+
+
+def record_files(folder: Path) -> None:
+    """Write the digests of what is there now into the manifest, so that only the content is wrong."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = {name: file_facts(folder / name).model_dump() for name in manifest["files"]}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_good_bundle_answers_its_golden_samples_whatever_the_batch_size(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path)
+    loaded = load(tmp_path, ref)
+    golden = read_golden(ref.path(tmp_path) / GOLDEN, loaded.manifest)
+    for size in (1, 2, 7, 64, 256):
+        np.testing.assert_allclose(loaded.run(golden.images[:size]), golden.logits[:size], atol=1e-3)
+
+
+def test_every_way_that_was_timed_is_in_the_table_and_the_cheapest_good_one_is_chosen(tmp_path: Path) -> None:
+    loaded = load(tmp_path, make_bundle(tmp_path))
+    good = [timing for timing in loaded.timings if timing.refused is None]
+    assert {timing.name for timing in loaded.timings} >= {"torchscript float32"}
+    assert loaded.chosen == min(good, key=lambda timing: timing.cost).name
+    assert all(set(timing.milliseconds) == {1, 8, 32} for timing in loaded.timings)
+    assert loaded.seconds_per_image > 0
+
+
+def test_a_way_that_disagrees_with_float32_is_timed_but_not_chosen(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path)
+    manifest = store.read_manifest(tmp_path, ref)
+    golden = read_golden(ref.path(tmp_path) / GOLDEN, manifest)
+
+    def coarse(images: np.ndarray) -> np.ndarray:
+        return np.roll(golden.logits[: len(images)], 1, axis=1)
+
+    timing = engine._time("coarse", coarse, golden, golden.logits, manifest)
+    assert timing.refused is not None
+    assert timing.refused.endswith("best classes differ from float32")
+
+
+def sure(count: int, classes: int = 16) -> Logits:
+    """Logits of `count` samples that are nearly undecided between the first two classes."""
+    logits = np.full((256, classes), -20, np.float32)
+    logits[:, 0], logits[:, 1] = 0.001, 0
+    logits[:count, 1] = 0.002
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("candidate", "refused"),
+    [
+        (sure(0), None),
+        (sure(1), None),
+        (sure(2), "2 of 256 best classes differ from float32"),
+        (sure(0) + np.eye(16, dtype=np.float32)[0] * 0.07, None),
+        (sure(0) + np.eye(16, dtype=np.float32)[0] * 0.09, "a probability differs from float32 by 0.022"),
+    ],
+    ids=["equal", "one best class", "two best classes", "probabilities within 0.02", "probabilities beyond 0.02"],
+)
+def test_a_way_may_differ_from_float32_in_one_best_class_and_by_0_02_in_probability(
+    tmp_path: Path, candidate: Logits, refused: str | None
+) -> None:
+    ref = make_bundle(tmp_path)
+    manifest = store.read_manifest(tmp_path, ref)
+    golden = read_golden(ref.path(tmp_path) / GOLDEN, manifest)
+    chunks = iter(np.array_split(candidate, 8))
+    timing = engine._time("near", lambda _: next(chunks, candidate), golden, sure(0), manifest)
+    assert timing.refused == refused
+
+
+def test_a_way_that_fails_to_start_is_passed_over(tmp_path: Path) -> None:
+    loaded = load(tmp_path, make_bundle(tmp_path, module=Fragile()))
+    assert [timing.name for timing in loaded.timings] == ["torchscript float32"]
+
+
+def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path)
+    folder = ref.path(tmp_path)
+    torch.jit.script(Greys(scale=float("nan"))).save(folder / MODULE)
+    record_files(folder)
+    with pytest.raises(BundleError, match="answers the golden inputs with NaN or infinity"):
+        load(tmp_path, ref)
+
+
+def test_a_module_that_returns_two_things_is_refused(broken: Callable[[Callable[[Path], None]], str]) -> None:
+    reason = broken(lambda folder: torch.jit.script(Pair()).save(folder / MODULE))
+    assert reason == "ModuleUnreadable: model.ts doesn't run: 'tuple' object has no attribute 'cpu'"
+
+
+def test_other_weights_than_the_exporter_saw_are_refused(broken: Callable[[Callable[[Path], None]], str]) -> None:
+    reason = broken(lambda folder: torch.jit.script(Greys(scale=1.01)).save(folder / MODULE))
+    assert reason.startswith("GoldenMismatch: the module misses its golden logits by 8.")
+
+
+def test_a_module_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path, classes=GREYS[:10])
+    with pytest.raises(
+        BundleError, match=r"golden logits are float32 \(256, 16\); the manifest says float32 \(256, 10\)"
+    ):
+        load(tmp_path, ref)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path)
+    flip_a_bit(ref.path(tmp_path) / MODULE)
+    with pytest.raises(BundleError, match=r"model\.ts has sha256 [0-9a-f]{12}…; the manifest says [0-9a-f]{12}…"):
+        load(tmp_path, ref)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path)
+    (ref.path(tmp_path) / GOLDEN).unlink()
+    with pytest.raises(BundleError, match=r"golden\.safetensors is missing"):
+        load(tmp_path, ref)
+
+
+def test_a_pickle_in_place_of_the_checkpoint_is_not_opened(broken: Callable[[Callable[[Path], None]], str]) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return (pytest.fail, ("the pickle was executed",))
+
+    reason = broken(lambda folder: torch.save({"weights": Bomb()}, folder / CHECKPOINT))
+    assert reason.startswith("FileMalformed: checkpoint.safetensors isn't a safetensors file")
+
+
+def test_a_pickle_in_place_of_the_module_is_not_opened(broken: Callable[[Callable[[Path], None]], str]) -> None:
+    reason = broken(lambda folder: torch.save({"a": 1}, folder / MODULE))
+    assert reason.startswith("ModuleUnreadable: model.ts isn't a TorchScript file")
+
+
+def test_golden_samples_of_another_input_are_refused(tmp_path: Path) -> None:
+    ref = make_bundle(tmp_path)
+    path = ref.path(tmp_path) / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["input"]["height"] = 9
+    path.write_text(Manifest.model_validate(manifest).model_dump_json())
+    with pytest.raises(
+        BundleError, match=rf"golden images are uint8 \(256, 1, 8, 8\); the input is uint8 \(1, 9, {SPEC.width}\)"
+    ):
+        load(tmp_path, ref)

@@ -1,0 +1,80 @@
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from prometheus_client import REGISTRY
+
+from service.errors import DeadlineExceeded, InferenceFailed
+from service.inference.predictor import Predictor
+from service.inference.registry import Limits, Registry
+from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle
+from training.bundle.images import NotAnImage, decode
+
+
+def run(artifacts: Path, test: Callable[[Predictor], Awaitable[None]]) -> None:
+    """Run an async test on the active version of `greys`."""
+    limits = Limits(
+        device=torch.device("cpu"),
+        threads=2,
+        max_batch=8,
+        queue_size=256,
+        max_pixels=10_000_000,
+        loaded_versions=8,
+        rescan_seconds=1000,
+    )
+
+    async def main() -> None:
+        async with Registry.open(artifacts, limits, "greys") as registry:
+            await test(await registry.predictor(registry.entry(None, None)))
+
+    asyncio.run(main())
+
+
+def in_seconds(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+def heavy() -> bytes:
+    """A picture that takes long to decode."""
+    return encode(Image.effect_noise((2000, 2000), 90), "PNG")
+
+
+@pytest.mark.parametrize("why", ["the deadline passed", "the client left"])
+def test_decoding_stops_when_nobody_waits_for_it(artifacts: Path, why: str) -> None:
+    picture = heavy()
+    begun = time.perf_counter()
+    decode(picture, SPEC)
+    one = time.perf_counter() - begun
+
+    async def test(predictor: Predictor) -> None:
+        asking = asyncio.create_task(predictor.predict([picture] * 200, 1, in_seconds(one)))
+        if why == "the client left":
+            await asyncio.sleep(one / 2)
+            asking.cancel()
+        with pytest.raises((DeadlineExceeded, asyncio.CancelledError)):
+            await asking
+        begun = time.perf_counter()
+        answered = await predictor.predict([grey(3)], 1, in_seconds(60))
+        assert answered.outcomes[0].best.label == "grey-3"  # type: ignore[union-attr]
+        assert time.perf_counter() - begun < 20 * one  # of 100 in each thread
+
+    run(artifacts, test)
+
+
+def test_only_pictures_with_an_answer_are_counted_as_answered(tmp_path: Path) -> None:
+    make_bundle(tmp_path, module=Fragile())
+    names = {"model": "greys", "version": "1"}
+
+    async def test(predictor: Predictor) -> None:
+        before = REGISTRY.get_sample_value("safelight_images_total", names) or 0
+        pictures = [grey(1), grey(2, first_pixel=POISON), b"no picture", grey(3)]
+        first, poisoned, unread, last = (await predictor.predict(pictures, 1, in_seconds(10))).outcomes
+        assert (isinstance(poisoned, InferenceFailed), isinstance(unread, NotAnImage)) == (True, True)
+        assert (first.best.label, last.best.label) == ("grey-1", "grey-3")  # type: ignore[union-attr]
+        assert REGISTRY.get_sample_value("safelight_images_total", names) == before + 2
+
+    run(tmp_path, test)

@@ -1,0 +1,123 @@
+"""Augmentation: what each transformation may do, and that the same generator does the same."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from training.augment import flip_alternating, random_affine, random_shift
+
+
+def seeded(seed: int = 0) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def coordinates(count: int, height: int, width: int) -> Tensor:
+    """Pictures whose first channel is each pixel's row and whose second is its column, [N, 2, H, W] uint8."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([rows, columns]).to(torch.uint8).expand(count, -1, -1, -1)
+
+
+def disc(count: int, side: int = 28, radius: float = 6) -> Tensor:
+    """A white disc in the middle of black, [N, 1, side, side] uint8."""
+    at = torch.arange(side) - (side - 1) / 2
+    return (255 * (at[:, None] ** 2 + at**2 <= radius**2)).to(torch.uint8).expand(count, 1, -1, -1)
+
+
+def centres(images: Tensor) -> Tensor:
+    """Centre of mass, [N, 2]: rows and columns."""
+    mass = images.sum((1, 2, 3))
+    rows = (images.sum((1, 3)) * torch.arange(images.shape[2])).sum(1) / mass
+    columns = (images.sum((1, 2)) * torch.arange(images.shape[3])).sum(1) / mass
+    return torch.stack([rows, columns], dim=1)
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 14)])
+def test_pictures_shift_to_every_place_that_is_allowed_with_their_border_reflected(
+    shift: int, height: int, width: int
+) -> None:
+    moved = random_shift(coordinates(300, height, width), shift, seeded())
+    assert moved.shape == (300, 2, height, width)
+    for shifted, size in ((moved[:, 0, :, 0], height), (moved[:, 1, 0, :], width)):
+        padded = [*range(shift, 0, -1), *range(size), *range(size - 2, size - 2 - shift, -1)]
+        windows = {tuple(padded[start : start + size]) for start in range(2 * shift + 1)}
+        assert {tuple(line) for line in shifted.int().tolist()} == windows
+
+
+def test_a_shifted_picture_moves_as_a_whole() -> None:
+    moved = random_shift(coordinates(20, 9, 14), 2, seeded())
+    assert torch.equal(moved[:, 0], moved[:, 0, :, :1].expand(-1, -1, 14))
+    assert torch.equal(moved[:, 1], moved[:, 1, :1].expand(-1, 9, -1))
+
+
+def test_pictures_are_marked_or_not_and_mirrored_in_turn() -> None:
+    images = coordinates(4, 3, 3)
+    first = torch.tensor([True, False, True, False])
+    even, odd = (flip_alternating(images, first, epoch) for epoch in (0, 1))
+    for index, marked in enumerate(first.tolist()):
+        assert torch.equal((even if marked else odd)[index], images[index].flip(2))
+        assert torch.equal((odd if marked else even)[index], images[index])
+    assert torch.equal(flip_alternating(images, first, 2), even)
+
+
+def affine(images: Tensor, seed: int = 0, **amounts: float) -> Tensor:
+    return random_affine(images, **{"degrees": 0, "scale": 0, "shear": 0, "shift": 0} | amounts, generator=seeded(seed))
+
+
+def test_an_affine_map_of_no_amount_changes_nothing() -> None:
+    images = coordinates(3, 9, 14)
+    assert torch.allclose(affine(images), images.float(), atol=1e-3)
+
+
+def test_pictures_move_as_far_as_is_allowed() -> None:
+    moved = centres(affine(disc(400), shift=3)) - centres(disc(1).float())
+    assert moved.abs().max() <= 3.01
+    assert moved.amax(0).min() > 2.8
+    assert moved.amin(0).max() < -2.8
+
+
+def test_pictures_grow_and_shrink_as_far_as_is_allowed() -> None:
+    growth = (affine(disc(400), scale=0.2).sum((1, 2, 3)) / disc(1).sum()).sqrt()
+    assert (growth.min().item(), growth.max().item()) == pytest.approx((0.8, 1.2), abs=0.02)
+
+
+def test_pictures_turn_as_far_as_is_allowed() -> None:
+    images = torch.zeros(400, 1, 41, 41)
+    images[:, :, 20, 36] = 255  # 16 pixels to the right of the middle
+    places = centres(affine(images, degrees=90)) - 20
+    angles = torch.rad2deg(torch.atan2(places[:, 0], places[:, 1]))
+    assert (angles.min().item(), angles.max().item()) == pytest.approx((-90, 90), abs=3)
+    assert places.norm(dim=1).numpy() == pytest.approx(16, abs=0.6)
+
+
+def test_pictures_shear_as_far_as_is_allowed() -> None:
+    images = torch.zeros(400, 1, 41, 41)
+    images[:, :, 8:12, 18:23] = 255  # ten pixels above the middle
+    moved = (centres(affine(images, shear=20)) - centres(images))[:, 1]
+    expected = 10.5 * torch.tan(torch.deg2rad(torch.tensor(20.0))).item()
+    assert (moved.min().item(), moved.max().item()) == pytest.approx((-expected, expected), abs=0.3)
+
+
+def test_what_moves_in_is_black() -> None:
+    white = torch.full((50, 1, 10, 10), 255, dtype=torch.uint8)
+    assert affine(white, shift=4)[:, 0, [0, 0, 9, 9], [0, 9, 0, 9]].min(1).values.max() < 255
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images, random: random_shift(images, 2, random),
+        lambda images, random: random_affine(images, degrees=20, scale=0.2, shear=9, shift=2, generator=random),
+    ],
+    ids=["shift", "affine"],
+)
+def test_the_same_generator_does_the_same_and_each_picture_has_its_own(
+    change: Callable[[Tensor, Generator], Tensor],
+) -> None:
+    images = coordinates(30, 12, 12)
+    once, again, other = (change(images, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+    assert len({picture.numpy().tobytes() for picture in once}) > 10

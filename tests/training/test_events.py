@@ -1,0 +1,70 @@
+"""Events: one line of JSON each, and back."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from training import events
+
+EVENTS = [
+    events.Started(recipe="tiny", dataset="squares", seed=0, device="cpu", precision="float32", steps=40, step=10),
+    events.Notice(message="begun with 2 threads, goes on with 4"),
+    events.Progress(step=1, steps=40, epoch=0.1, loss=0.7, accuracy=0.5, images_per_second=1000.5, seconds_left=3.0),
+    events.Epoch(
+        epoch=1,
+        step=10,
+        train_loss=0.5,
+        train_accuracy=0.8,
+        holdout_loss=float("inf"),
+        holdout_accuracy=0.75,
+        seconds=1.5,
+    ),
+    events.Checkpointed(step=10, path="runs/ä/checkpoint.pt"),
+    events.Interrupted(step=10),
+    events.Published(model="squares", version="1", accuracy=0.9),
+    events.Failed(code="diverged", message="the loss\nis not finite"),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.event)
+def test_an_event_is_one_line_and_comes_back_as_it_was(event: events.Event) -> None:
+    line = event.model_dump_json()
+    assert "\n" not in line
+    assert events.parse(line) == event
+
+
+def test_every_kind_of_event_is_tried_here() -> None:
+    assert {type(event) for event in EVENTS} == set(events._Event.__subclasses__())
+
+
+def test_an_event_says_when() -> None:
+    before = datetime.now(UTC)
+    assert before <= events.Interrupted(step=1).at <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "epoch 3", "[]", '{"event": "party"}', '{"event": "interrupted"}', '{"step": 3}', b"\xff"]
+)
+def test_a_line_that_is_no_event_is_refused(line: str | bytes) -> None:
+    with pytest.raises(ValidationError):
+        events.parse(line)
+
+
+def test_the_log_holds_each_line_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = events.EventLog(path)
+    for count, event in enumerate(EVENTS, start=1):
+        log(event)
+        assert [events.parse(line) for line in path.read_text().splitlines()] == EVENTS[:count]
+    log.close()
+
+
+def test_the_log_is_gone_on_with(tmp_path: Path) -> None:
+    for step in (1, 2):
+        log = events.EventLog(tmp_path / "events.jsonl")
+        log(events.Interrupted(step=step))
+        log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [1, 2]

@@ -1,0 +1,111 @@
+"""The optimizers: what Muon keeps, how parameters are sorted, and where the learning rate ends."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny import TINY
+from training.networks import build
+from training.optimizers import Muon, build_optimizers, orthogonal, set_learning_rate
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(24, 12 * 9), (64, 24 * 9), (64, 64 * 9), (200, 50), (3, 300)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_singular_values_come_near_1(shape: tuple[int, int], size: float) -> None:
+    values = torch.linalg.svdvals(orthogonal(size * normal(*shape)))
+    assert 0.3 <= values.min() <= values.max() <= 1.25
+
+
+def test_an_orthogonal_matrix_keeps_its_directions() -> None:
+    matrix = normal(6, 40)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    turned = left.T @ orthogonal(matrix) @ right.T
+    assert torch.allclose(turned, torch.diag(turned.diag()), atol=1e-4)
+
+
+def test_no_gradient_is_no_direction() -> None:
+    assert torch.equal(orthogonal(torch.zeros(4, 9)), torch.zeros(4, 9))
+
+
+def step(filters: nn.Parameter, optimizer: Muon, seed: int) -> None:
+    filters.grad = normal(*filters.shape, seed=seed)
+    optimizer.step()
+
+
+def test_filters_are_kept_at_the_root_of_their_number() -> None:
+    filters = nn.Parameter(normal(16, 3, 3, 3))
+    optimizer = Muon([filters], lr=0.0, momentum=0.6)
+    step(filters, optimizer, 1)
+    assert filters.norm().item() == pytest.approx(16**0.5)
+
+
+def test_the_learning_rate_alone_says_how_fast_filters_change() -> None:
+    moved = []
+    for size in (1e-3, 1.0, 1e3):
+        filters = nn.Parameter(normal(16, 8, 3, 3))
+        optimizer = Muon([filters], lr=0.1, momentum=0.6)
+        for seed in range(20):
+            before = filters.detach().clone() * 4 / filters.norm().item()
+            filters.grad = size * normal(*filters.shape, seed=seed)
+            optimizer.step()
+            moved.append((filters.detach() - before).norm().item() / 4)
+        assert filters.norm().item() == pytest.approx(4, rel=0.1)
+    assert 0.05 < min(moved) <= max(moved) < 0.125
+
+
+def test_momentum_remembers_earlier_gradients() -> None:
+    ends = []
+    for momentum in (0.0, 0.6):
+        filters = nn.Parameter(normal(8, 4, 3, 3))
+        optimizer = Muon([filters], lr=0.1, momentum=momentum)
+        step(filters, optimizer, 1)
+        step(filters, optimizer, 2)
+        ends.append(filters.detach())
+    assert not torch.allclose(ends[0], ends[1])
+
+
+def test_filters_without_a_gradient_stay() -> None:
+    filters = nn.Parameter(normal(4, 2, 3, 3))
+    Muon([filters], lr=0.1, momentum=0.6).step()
+    assert torch.equal(filters, normal(4, 2, 3, 3))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_each_trainable_parameter_has_one_optimizer_of_its_kind(whiten: bool) -> None:
+    network = build("convnet", TINY.arguments | {"channels": 1, "classes": 2, "whiten": whiten})
+    muon, sgd = build_optimizers(network, TINY, TINY.batch_size)
+    filters = [p for group in muon.param_groups for p in group["params"]]
+    biases, heads = (group["params"] for group in sgd.param_groups)
+    assert {p.ndim for p in filters} == {4}
+    assert {p.ndim for p in biases} == {1}
+    assert [p is network.head.weight for p in heads] == [True]
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    assert sorted(map(id, [*filters, *biases, *heads])) == sorted(map(id, trainable))
+    assert any(p is network.stem.weight for p in filters) != whiten
+
+
+def test_weight_decay_is_a_share_per_example() -> None:
+    network = build("convnet", TINY.arguments | {"channels": 1, "classes": 2})
+    recipe = TINY.model_copy(update={"weight_decay": 1e-4})
+    _, sgd = build_optimizers(network, recipe, recipe.batch_size)
+    lost_per_step = [group["lr"] * group["weight_decay"] for group in sgd.param_groups]
+    assert lost_per_step == pytest.approx([1e-4 * TINY.batch_size] * 2)
+
+
+def test_the_learning_rate_falls_straight_from_its_peak_to_0() -> None:
+    optimizers = build_optimizers(
+        build("convnet", TINY.arguments | {"channels": 1, "classes": 2}), TINY, TINY.batch_size
+    )
+
+    def rates(progress: float) -> list[float]:
+        set_learning_rate(optimizers, progress)
+        return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    peaks = [TINY.filter_lr, TINY.bias_lr, TINY.head_lr]
+    assert rates(0.75) == pytest.approx([peak / 4 for peak in peaks])
+    assert rates(0.0) == peaks
+    assert rates(1.0) == [0, 0, 0]

@@ -1,0 +1,162 @@
+"""Runs: a folder that is all one needs to go on, and that ends as a version."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.tiny import TINY, squares, write_class_folders
+from training import events, runs
+from training.bundle import store
+from training.bundle.store import BundleRef
+from training.checkpoint import CheckpointError
+from training.datasets import DatasetError
+from training.loop import CHECKPOINT, Interrupted
+from training.runs import Options, Plan, Published, RunError
+
+QUICK = TINY.model_copy(update={"epochs": 1})
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(model="tiny", recipe=QUICK, seed=3, dataset=str(write_class_folders(tmp_path / "squares", squares())))
+
+
+@pytest.fixture
+def run(tmp_path: Path, plan: Plan) -> Path:
+    runs.create(tmp_path / "runs" / "first", plan)
+    return tmp_path / "runs" / "first"
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(artifacts=tmp_path / "artifacts", device="cpu")
+
+
+def execute(folder: Path, options: Options, *, resume: bool = False, publish: bool = True) -> Published | None:
+    return runs.execute(folder, options, lambda _: None, resume=resume, publish=publish)
+
+
+def stop_at_once(event: events.Event) -> None:
+    if isinstance(event, events.Progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_plan(run: Path, plan: Plan) -> None:
+    assert [path.name for path in run.iterdir()] == [runs.RUN]
+    assert runs.open_plan(run) == plan
+
+
+def test_a_run_is_not_begun_over_another(run: Path, plan: Plan) -> None:
+    before = (run / runs.RUN).read_bytes()
+    with pytest.raises(RunError, match=f"^{run} already holds a run; go on with it by --resume {run}, or choose"):
+        runs.create(run, plan.model_copy(update={"seed": 4}))
+    assert (run / runs.RUN).read_bytes() == before
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, options: Options) -> None:
+    with pytest.raises(RunError, match=f"^{tmp_path} holds no run: there is no {runs.RUN} in it$"):
+        execute(tmp_path, options)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"model": "tiny", "recipe": "mnist", "seed": 0, "dataset": "x"}'])
+def test_a_plan_that_can_not_be_read_is_refused(run: Path, text: str) -> None:
+    (run / runs.RUN).write_text(text)
+    with pytest.raises(RunError, match=f"^{run / runs.RUN} can't be read: ."):
+        runs.open_plan(run)
+
+
+# --- to the end -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_as_a_version(run: Path, options: Options) -> None:
+    told: list[events.Event] = []
+    published = runs.execute(run, options, told.append, resume=False)
+    manifest = store.read_manifest(options.artifacts, BundleRef("tiny", "1"))
+    assert published == Published(BundleRef("tiny", "1"), manifest.metrics, is_active=True)
+    assert (manifest.recipe.seed, manifest.recipe.settings) == (3, QUICK.model_dump(mode="json"))
+    assert store.active(options.artifacts, "tiny") == "1"
+    assert {path.name for path in run.iterdir()} == {
+        runs.RUN,
+        runs.EVENTS,
+        runs.LEARNING_CURVE,
+        CHECKPOINT,
+        "tensorboard",
+    }
+    with Image.open(run / runs.LEARNING_CURVE) as image:
+        image.verify()
+    assert told[-1].model_dump(exclude={"at"}) == {
+        "event": "published",
+        "model": "tiny",
+        "version": "1",
+        "accuracy": manifest.metrics.accuracy,
+    }
+    assert [events.parse(line) for line in (run / runs.EVENTS).read_text().splitlines()] == told
+
+
+@pytest.mark.parametrize(("activate", "active"), [(False, "1"), (True, "2")])
+def test_a_second_version_answers_only_if_that_is_asked_for(
+    run: Path, options: Options, activate: bool, active: str
+) -> None:
+    execute(run, options)
+    second = execute(run, replace(options, activate=activate), resume=True)
+    assert second is not None
+    assert (second.ref, second.is_active) == (BundleRef("tiny", "2"), activate)
+    assert store.active(options.artifacts, "tiny") == active
+
+
+def test_a_run_can_be_published_later(run: Path, options: Options) -> None:
+    assert execute(run, options, publish=False) is None
+    assert not options.artifacts.exists()
+    runs.require_finished(run)
+    published = execute(run, options, resume=True)
+    assert published is not None
+    assert published.ref == BundleRef("tiny", "1")
+
+
+# --- not to the end ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_is_not_finished(run: Path, options: Options) -> None:
+    with pytest.raises(Interrupted):
+        runs.execute(run, options, stop_at_once, resume=False)
+    with pytest.raises(RunError, match=f"^{run} stands at step 1 of 4; go on with it: safelight train --resume {run}$"):
+        runs.require_finished(run)
+    assert not options.artifacts.exists()
+    assert execute(run, options, resume=True) is not None
+    kinds = [events.parse(line).event for line in (run / runs.EVENTS).read_text().splitlines()]
+    assert kinds == [
+        *("started", "progress", "checkpointed", "interrupted"),
+        *("started", "progress", "progress", "progress", "epoch", "checkpointed", "published"),
+    ]
+
+
+def test_a_run_that_never_began_is_not_finished(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"^no checkpoint at {run / CHECKPOINT}$"):
+        runs.require_finished(run)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_can_be_gone_on_with(
+    run: Path, plan: Plan, options: Options
+) -> None:
+    data = Path(plan.dataset).rename(run.parent / "moved")
+    with pytest.raises(DatasetError, match=f"^no data set '{plan.dataset}'"):
+        execute(run, options)
+    data.rename(plan.dataset)
+    assert execute(run, options, resume=True) is not None
+
+
+def test_strict_runs_bear_no_broken_picture(tmp_path: Path, plan: Plan, options: Options) -> None:
+    (Path(plan.dataset) / "train" / "filled" / "broken.png").write_bytes(b"\x89PNG")
+    runs.create(tmp_path / "strict", plan.model_copy(update={"strict": True}))
+    with pytest.raises(DatasetError, match=r"^1 pictures can't be read, the first of them train/filled/broken\.png: "):
+        execute(tmp_path / "strict", options)
+    runs.create(tmp_path / "lenient", plan)
+    execute(tmp_path / "lenient", options)
+    assert store.read_manifest(options.artifacts, BundleRef("tiny", "1")).training.dataset.skipped == 1

@@ -1,0 +1,403 @@
+"""The command line: dispatch and tables only. What the commands do stands in `runs`, `published` and the store."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from training import SafelightError
+from training.bundle.manifest import BundleError
+
+app = typer.Typer(
+    help="Train and serve small image classifiers on your own machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+models_app = typer.Typer(help="List, show, activate and verify the models under artifacts/.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+out = Console(markup=False, emoji=False)  # what is shown are names of files and classes
+err = Console(stderr=True)
+
+Artifacts = Annotated[Path, typer.Option(envvar="SAFELIGHT_ARTIFACTS", help="Where models live.")]
+Data = Annotated[Path | None, typer.Option(envvar="SAFELIGHT_DATA", help="Folder with MNIST and CIFAR-10.")]
+DeviceName = Annotated[str | None, typer.Option(envvar="SAFELIGHT_DEVICE", help="auto, cuda, cuda:1, mps or cpu.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Strict = Annotated[bool, typer.Option(help="Fail on a picture that can't be read, instead of skipping it.")]
+Download = Annotated[bool, typer.Option(help="Fetch MNIST or CIFAR-10 into the data folder where it is missing.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL[@VERSION]", help="Without a version: the active one.")]
+
+ARTIFACTS = Path("artifacts")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A name from `safelight recipes`; not with --resume.")] = None,
+    *,
+    dataset: Annotated[str | None, typer.Option(help="mnist, cifar10, or a folder or zip of class folders.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name.  [default: the recipe's]")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same weights on the same machine.  [default: 0]")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The run's folder.  [default: runs/NAME-TIME]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    publish: Annotated[bool, typer.Option(help="Export and publish at the end.")] = True,
+    activate: Annotated[bool, typer.Option(help="Let the new version answer even where another is active.")] = False,
+    strict: Strict = False,
+    download: Download = False,
+    data: Data = None,
+    artifacts: Artifacts = ARTIFACTS,
+    device: DeviceName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model and publish it as a new version.
+
+    Ctrl-C leaves a checkpoint and says how to go on; going on ends with the weights of a run that was never stopped.
+
+    Examples:
+
+        safelight train mnist
+
+        safelight train cifar10 --set epochs=3 --seed 1
+
+        safelight train cifar10 --dataset pets.zip --name pets
+    """
+    from training import runs
+    from training.bundle.store import check_model_name
+    from training.datasets import find_source
+    from training.recipes import override
+    from training.recipes import recipe as find_recipe
+
+    if (recipe is None) == (resume is None):
+        raise typer.BadParameter("name a recipe, or a run to --resume; one of the two")
+    if resume is not None:
+        if any(value is not None for value in (dataset, name, settings, seed, run)) or strict:
+            raise typer.BadParameter("what a run trains is settled: --resume goes with none of the options that say it")
+        folder = resume
+    else:
+        chosen = override(find_recipe(recipe or ""), settings or [])
+        if name is None and dataset not in (None, chosen.dataset):
+            raise typer.BadParameter(f"another data set makes another model than {chosen.name}: give it a --name")
+        model = name or chosen.name
+        check_model_name(model)
+        folder = run or Path("runs") / f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
+        source = find_source(dataset or chosen.dataset)
+        plan = {"model": model, "recipe": chosen, "seed": seed or 0, "dataset": source, "strict": strict}
+        runs.create(folder, runs.Plan.model_validate(plan))
+    options = runs.Options(artifacts=artifacts, data=data, device=device, download=download, activate=activate)
+    _execute(folder, options, resume=resume is not None, publish=publish, as_json=as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    *,
+    activate: Annotated[bool, typer.Option(help="Let the new version answer even where another is active.")] = False,
+    data: Data = None,
+    artifacts: Artifacts = ARTIFACTS,
+    device: DeviceName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a finished run on its test set and publish it as a new version.
+
+    `train` does this by itself; this is for a run that was made with --no-publish.
+    """
+    from training import runs
+
+    runs.require_finished(run)
+    options = runs.Options(artifacts=artifacts, data=data, device=device, activate=activate)
+    _execute(run, options, resume=True, publish=True, as_json=as_json)
+
+
+def _execute(folder: Path, options: Any, *, resume: bool, publish: bool, as_json: bool) -> None:
+    from training import loop, runs
+    from training.display import Display
+
+    # Beside the loop, which finishes its step first, both signals stop at once; what is unfinished is cleaned up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Display(err) as display:
+
+            def emit(event: Any) -> None:
+                display(event)
+                if as_json:
+                    print(event.model_dump_json(), flush=True)
+
+            published = runs.execute(folder, options, emit, resume=resume, publish=publish)
+    except loop.Interrupted as stop:
+        _say(f"{stop}; a checkpoint is kept. Go on with:\n  {_go_on(folder, options, publish)}")
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        _say(f"stopped. Go on with:\n  {_go_on(folder, options, publish)}")
+        raise typer.Exit(130) from None
+    except loop.Diverged as error:
+        _say(f"[red]error:[/red] {escape(str(error))}")
+        raise typer.Exit(3) from None
+    if published is None:
+        _say(f"trained; publish it with:\n  safelight export {escape(str(folder))}")
+        return
+    metrics = published.metrics
+    _say(
+        f"published [b]{published.ref}[/b]{' (active)' if published.is_active else ''}: {metrics.accuracy:.2%} of "
+        f"{metrics.n} test images, ECE {metrics.ece:.2%}"
+    )
+    if not published.is_active:
+        _say(f"let it answer with:\n  safelight models activate {published.ref}")
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    *,
+    dataset: Annotated[str | None, typer.Option(help="Another data set than the one it was trained on.")] = None,
+    tta: Annotated[bool, typer.Option(help="Measure test-time augmentation too, as a separate figure.")] = False,
+    strict: Strict = False,
+    download: Download = False,
+    data: Data = None,
+    artifacts: Artifacts = ARTIFACTS,
+    device: DeviceName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a published model on a test set: the very module that is served, one view a picture.
+
+    Prints accuracy, per-class recall, macro-F1, NLL, ECE before and after calibration, and the confusion matrix.
+    """
+    from training import published
+
+    result = published.evaluate(
+        _ref(artifacts, model),
+        artifacts,
+        dataset=dataset,
+        data=data,
+        device=device,
+        tta=tta,
+        strict=strict,
+        download=download,
+    )
+    if result.note:
+        _say(f"[yellow]note:[/yellow] {escape(result.note)}")
+    metrics = result.metrics
+    if as_json:
+        print(json.dumps(metrics.model_dump() | {"confusion": result.confusion}))
+        return
+    table = Table(title=f"{result.ref} on {metrics.n} test images")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("accuracy, single view", f"{metrics.accuracy:.2%}")
+    if metrics.accuracy_tta is not None:
+        table.add_row("accuracy, test-time augmentation", f"{metrics.accuracy_tta:.2%}")
+    table.add_row("macro-F1", f"{metrics.macro_f1:.4f}")
+    table.add_row("NLL (before calibration)", f"{metrics.nll:.4f} ({metrics.nll_uncalibrated:.4f})")
+    table.add_row("ECE (before calibration)", f"{metrics.ece:.2%} ({metrics.ece_uncalibrated:.2%})", end_section=True)
+    for label, recall in metrics.per_class_recall.items():
+        table.add_row(f"recall of {label}", f"{recall:.2%}")
+    out.print(table)
+    out.print(_confusion_table(list(metrics.per_class_recall), result.confusion))
+
+
+def _confusion_table(classes: list[str], counts: list[list[int]]) -> Table:
+    table = Table("true \\ predicted", *classes, title="confusion")
+    for label, row in zip(classes, counts, strict=True):
+        table.add_row(label, *(str(count) if count else "" for count in row))
+    return table
+
+
+@app.command()
+def predict(
+    files: Annotated[list[Path], typer.Argument(help="Pictures: PNG, JPEG, WebP, GIF, BMP or TIFF.")],
+    *,
+    model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL[@VERSION]")] = "mnist",
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to show for each picture.")] = 3,
+    artifacts: Artifacts = ARTIFACTS,
+    device: DeviceName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Classify picture files, without a server. Exits with 1 if any of them can't be read."""
+    from training import published
+
+    results = published.predict(_ref(artifacts, model), artifacts, files, top_k=top_k, device=device)
+    if as_json:
+        print(json.dumps([published.as_json(result) for result in results], indent=1))
+    else:
+        table = Table("picture", "label", "probability", "next", "in distribution")
+        for result in results:
+            table.add_row(str(result.path), *published.as_row(result))
+        out.print(table)
+    if any(result.error for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes, with the size and the cost of their networks and the accuracy to expect."""
+    from training.networks import cost
+    from training.recipes import RECIPES
+
+    costs = {recipe.name: cost(recipe) for recipe in RECIPES.values()}
+    if as_json:
+        rows = [
+            recipe.model_dump(mode="json") | {"parameters": costs[recipe.name][0], "macs": costs[recipe.name][1]}
+            for recipe in RECIPES.values()
+        ]
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("recipe", "what", "parameters", "MACs", "epochs", "expected accuracy")
+    for recipe in RECIPES.values():
+        parameters, macs = costs[recipe.name]
+        expected = "" if recipe.expected_accuracy is None else f"{recipe.expected_accuracy:.1%}"
+        table.add_row(
+            recipe.name, recipe.summary, f"{parameters:,}", f"{macs / 1e6:.1f} M", f"{recipe.epochs:g}", expected
+        )
+    out.print(table)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Start the HTTP service, with settings from SAFELIGHT_* variables; `safelight serve --help` says more."""
+    # Another program takes over: this package imports nothing of the service.
+    os.execv(sys.executable, [sys.executable, "-m", "service", *context.args])
+
+
+@models_app.command("list")
+def list_models(artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False) -> None:
+    """List every version of every model."""
+    from training.bundle import store
+
+    rows = []
+    for name in store.models(artifacts):
+        for ref in store.versions(artifacts, name):
+            row: dict[str, Any] = {
+                "model": name,
+                "version": ref.version,
+                "active": store.answering(artifacts, name) == ref,
+            }
+            try:
+                manifest = store.read_manifest(artifacts, ref)
+                row |= {"classes": len(manifest.classes), "accuracy": manifest.metrics.accuracy, "error": None}
+            except BundleError as error:
+                row |= {"classes": None, "accuracy": None, "error": str(error)}
+            rows.append(row)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("model", "version", "active", "classes", "accuracy")
+    for row in rows:
+        facts = [row["error"], ""] if row["error"] else [str(row["classes"]), f"{row['accuracy']:.2%}"]
+        table.add_row(row["model"], row["version"], "yes" if row["active"] else "", *facts)
+    out.print(table)
+
+
+@models_app.command()
+def show(model: ModelArgument, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False) -> None:
+    """Show one version: its model card, or with --json its manifest."""
+    from rich.markdown import Markdown
+
+    from training.bundle import store
+    from training.report import CARD
+
+    ref = _ref(artifacts, model)
+    manifest = store.read_manifest(artifacts, ref)
+    if as_json:
+        print(manifest.model_dump_json(indent=1))
+    else:
+        out.print(Markdown((ref.path(artifacts) / "report" / CARD).read_text()))
+
+
+@models_app.command()
+def activate(model: Annotated[str, typer.Argument(metavar="MODEL@VERSION")], artifacts: Artifacts = ARTIFACTS) -> None:
+    """Let a version answer requests that name none. It is verified first; a running service follows within a second."""
+    from training import published
+    from training.bundle import store
+
+    ref = _ref(artifacts, model)
+    published.verify(ref, artifacts)
+    store.activate(artifacts, ref)
+    _say(f"{ref} is active")
+
+
+@models_app.command()
+def verify(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL[@VERSION]]", help="All of them, if left out.")] = None,
+    artifacts: Artifacts = ARTIFACTS,
+    as_json: AsJson = False,
+) -> None:
+    """Check every digest and run the golden samples. Exits with 1 if any version fails."""
+    from training import published
+    from training.bundle import store
+
+    refs = (
+        [_ref(artifacts, model)]
+        if model
+        else [r for name in store.models(artifacts) for r in store.versions(artifacts, name)]
+    )
+    problems: dict[str, str | None] = {}
+    for ref in refs:
+        try:
+            published.verify(ref, artifacts)
+            problems[str(ref)] = None
+        except BundleError as error:
+            problems[str(ref)] = str(error)
+    if as_json:
+        print(json.dumps([{"version": ref, "error": problem} for ref, problem in problems.items()], indent=1))
+    else:
+        for name, problem in problems.items():
+            out.print(f"{name}: {problem or 'good'}", highlight=False, soft_wrap=True)
+    if any(problems.values()):
+        raise typer.Exit(1)
+
+
+def _go_on(folder: Path, options: Any, publish: bool) -> str:
+    """The command that goes on with a run, with the options that it doesn't remember by itself."""
+    words = ["safelight", "train", "--resume", str(folder)]
+    words += ["--data", str(options.data)] if options.data else []
+    words += ["--artifacts", str(options.artifacts)] if options.artifacts != ARTIFACTS else []
+    words += ["--device", options.device] if options.device else []
+    words += ["--activate"] if options.activate else []
+    words += [] if publish else ["--no-publish"]
+    return escape(shlex.join(words))
+
+
+def _say(text: str) -> None:
+    """Tell the person something. Lines aren't broken, so that a command in them can be copied."""
+    err.print(text, highlight=False, soft_wrap=True)
+
+
+def _ref(artifacts: Path, text: str) -> Any:
+    """`model@version`, or `model` for the version that answers."""
+    from training.bundle import store
+
+    name, _, version = text.partition("@")
+    if version:
+        return store.BundleRef(name, version)
+    if ref := store.answering(artifacts, name):
+        return ref
+    known = ", ".join(store.models(artifacts)) if artifacts.is_dir() else ""
+    raise SafelightError(f"there is no model {name!r} in {artifacts}; there is {known or 'none'}")
+
+
+def main() -> None:
+    try:
+        app(prog_name="safelight")
+    except (SafelightError, OSError) as error:
+        _say(f"[red]error:[/red] {escape(str(error))}")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

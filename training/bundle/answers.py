@@ -1,0 +1,69 @@
+"""Logits to answers: calibrated probabilities, ranks, and whether the input looks like what the model knows.
+
+The service and the command line both answer through here. Knows only arrays and the manifest.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.bundle.manifest import Manifest, Score
+
+Logits = NDArray[np.float32]
+Probabilities = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one picture: the best label, the `top_k` best with it, and whether to believe it."""
+
+    scores: tuple[Ranked, ...]  # best first
+    in_distribution: bool
+
+    @property
+    def best(self) -> Ranked:
+        return self.scores[0]
+
+
+def probabilities(logits: Logits, temperature: float) -> Probabilities:
+    """Softmax of logits / temperature, [N, K], in double precision so that rows sum to 1."""
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    exponentials = np.exp(scaled)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def familiarity(logits: Logits, score: Score, temperature: float) -> NDArray[np.float64]:
+    """How much each input looks like the training data, [N]; higher is more familiar.
+
+    `energy` is the log-sum-exp of the logits (Liu et al., 2020), `max_logit` and `max_probability` are what they say.
+    """
+    if score == "max_probability":
+        return probabilities(logits, temperature).max(axis=1)
+    top = logits.max(axis=1).astype(np.float64)
+    if score == "max_logit":
+        return top
+    return top + np.log(np.exp(logits.astype(np.float64) - top[:, None]).sum(axis=1))
+
+
+def answers(logits: Logits, manifest: Manifest, top_k: int) -> list[Answer]:
+    """One answer for each row of logits [N, K]."""
+    temperature, ood = manifest.calibration.temperature, manifest.ood
+    chances = probabilities(logits, temperature)  # [N, K]
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]  # [N, top_k]
+    familiar = familiarity(logits, ood.score, temperature) >= ood.threshold  # [N]
+    return [
+        Answer(
+            scores=tuple(Ranked(manifest.classes[index], int(index), float(row[index])) for index in order),
+            in_distribution=bool(known),
+        )
+        for row, order, known in zip(chances, best, familiar, strict=True)
+    ]

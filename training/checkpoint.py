@@ -1,0 +1,129 @@
+"""Checkpoints: the whole state of a run, to go on from exactly; and bare weights, to build a network from.
+
+A checkpoint is written beside its place and renamed. Only finite weights are ever saved, so the file on disk is always
+the last good state.
+"""
+
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from training import SafelightError
+from training.bundle.manifest import CHECKPOINT, Manifest
+from training.networks import ConvNet, build
+
+
+class CheckpointError(SafelightError):
+    """A checkpoint that is missing, damaged, or of another run than the one that is asked for."""
+
+
+@dataclass
+class State:
+    """Where a run stands. `identity` says which run: recipe, seed, data, steps; `arithmetic`, what it began with."""
+
+    identity: dict[str, Any]
+    arithmetic: dict[str, str]
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # of the epoch under way, over its images so far
+    right: int = 0
+    seen: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
+
+
+def save(path: Path, state: State, network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write one file, whole or not at all. Raises CheckpointError, also rather than save weights that aren't finite."""
+    if not all_finite(network):
+        raise CheckpointError("the weights are not finite; they are not saved")
+    content = {
+        "state": vars(state),
+        "network": network.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch makes RuntimeErrors of a full disk
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} can't be written: {str(error).splitlines()[0]}") from error
+
+
+def load(path: Path, identity: dict[str, Any], network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> State:
+    """Restore everything that `save` wrote. Raises CheckpointError, also where the run is another one."""
+    state, content = _read(path)
+    for key, value in identity.items():
+        if state.identity.get(key) != value:
+            raise CheckpointError(
+                f"{path} is of a run with {key} {_short(state.identity.get(key))}, not {_short(value)}; "
+                "start anew in another folder, or ask for the same run"
+            )
+    network.load_state_dict(content["network"])
+    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state
+
+
+def read_progress(path: Path) -> tuple[int, int]:
+    """Steps done and steps in all. Raises CheckpointError."""
+    state, _ = _read(path)
+    return state.step, state.identity["steps"]
+
+
+def _read(path: Path) -> tuple[State, dict[str, Any]]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load doesn't look at the checksums that torch.save wrote
+            if name := archive.testzip():
+                raise zipfile.BadZipFile(f"{name} has a wrong checksum")
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return State(**content["state"]), content
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}") from None
+    except Exception as error:  # there is no end to what reading damaged bytes can raise
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise CheckpointError(f"{path} is damaged: {reason}") from error
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def all_finite(network: nn.Module) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values())
+
+
+# --- bare weights -----------------------------------------------------------------------------------------------------
+
+
+def save_weights(path: Path, network: nn.Module) -> None:
+    tensors: dict[str, Tensor] = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()
+    }
+    path.write_bytes(serialize(tensors))  # and not save_file, which lets nobody else read the file
+
+
+def load_network(folder: Path, manifest: Manifest) -> ConvNet:
+    """Build a bundle's network and load its weights, running no code from the file. Raises CheckpointError."""
+    try:
+        network = build(manifest.network.name, manifest.network.arguments)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"no network {manifest.network.name!r} can be built as the manifest says: {error}"
+        ) from error
+    try:
+        network.load_state_dict(load_file(folder / CHECKPOINT))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder / CHECKPOINT} doesn't fit the network: {str(error).splitlines()[0]}") from error
+    return network.eval()

@@ -1,0 +1,130 @@
+"""A run: a folder that says what is trained, keeps its checkpoint, logs and curve, and ends as a bundle."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from training import SafelightError, checkpoint, datasets, events, report
+from training.bundle import store
+from training.bundle.manifest import Metrics, ModelName
+from training.bundle.store import BundleRef
+from training.devices import choose_device, keep_freed_memory, processors
+from training.export import export, measure
+from training.loop import CHECKPOINT, Diverged, Emit, Trained, train
+from training.networks import cost
+from training.recipes import Recipe
+
+RUN = "run.json"
+EVENTS = "events.jsonl"
+LEARNING_CURVE = "learning-curve.png"
+
+
+class RunError(SafelightError):
+    """A folder that holds no run, or one that isn't ready for what is asked."""
+
+
+class Plan(BaseModel):
+    """What to train; written into the run's folder, so that going on needs no more than the folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelName
+    recipe: Recipe
+    seed: int
+    dataset: str
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where things are on this machine; may differ from one sitting to the next."""
+
+    artifacts: Path
+    data: Path | None = None
+    device: str | None = None
+    download: bool = False
+    activate: bool = False
+
+
+@dataclass(frozen=True)
+class Published:
+    ref: BundleRef
+    metrics: Metrics
+    is_active: bool
+
+
+def create(folder: Path, plan: Plan) -> None:
+    """Make a run's folder. Raises RunError where there is a run already, RecipeInvalid for an impossible network."""
+    if (folder / RUN).exists():
+        raise RunError(f"{folder} already holds a run; go on with it by --resume {folder}, or choose another by --run")
+    cost(plan.recipe)  # a network that can't be built is found now, not after the data was decoded
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN).write_text(plan.model_dump_json(indent=2) + "\n")
+
+
+def open_plan(folder: Path) -> Plan:
+    """Raises RunError."""
+    try:
+        return Plan.model_validate_json((folder / RUN).read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{folder} holds no run: there is no {RUN} in it") from None
+    except ValidationError as error:
+        raise RunError(f"{folder / RUN} can't be read: {error.errors()[0]['msg']}") from error
+
+
+def execute(folder: Path, options: Options, emit: Emit, *, resume: bool, publish: bool = True) -> Published | None:
+    """Train to the end, or go on to it; then measure, export and publish. Raises what the parts raise."""
+    keep_freed_memory()
+    torch.set_num_threads(processors())
+    plan = open_plan(folder)
+    log = events.EventLog(folder / EVENTS)
+
+    def tell(event: events.Event) -> None:
+        log(event)
+        emit(event)
+
+    try:
+        return _execute(folder, plan, options, tell, resume=resume, publish=publish)
+    except (SafelightError, Diverged, OSError) as error:
+        tell(events.Failed(code=events.code_of(error), message=str(error)))
+        raise
+    finally:
+        log.close()
+
+
+def _execute(
+    folder: Path, plan: Plan, options: Options, tell: Emit, *, resume: bool, publish: bool
+) -> Published | None:
+    device = choose_device(options.device)
+    dataset = datasets.load(
+        plan.dataset, plan.recipe.input, options.data, strict=plan.strict, download=options.download
+    )
+    if dataset.skipped:
+        tell(events.Notice(message=datasets.describe_skipped(dataset)))
+    resume = resume and (folder / CHECKPOINT).exists()  # one that was stopped before its first checkpoint begins
+    trained = train(plan.recipe, dataset, folder, seed=plan.seed, device=device, resume=resume, emit=tell)
+    report.learning_curve(folder / LEARNING_CURVE, trained.history)
+    if not publish:
+        return None
+    published = _publish(plan, trained, dataset, options)
+    ref, accuracy = published.ref, published.metrics.accuracy
+    tell(events.Published(model=ref.model, version=ref.version, accuracy=accuracy))
+    return published
+
+
+def require_finished(folder: Path) -> None:
+    """Raises RunError for a run that can still be trained further."""
+    step, steps = checkpoint.read_progress(folder / CHECKPOINT)
+    if step < steps:
+        raise RunError(f"{folder} stands at step {step} of {steps}; go on with it: safelight train --resume {folder}")
+
+
+def _publish(plan: Plan, trained: Trained, dataset: datasets.Dataset, options: Options) -> Published:
+    measured = measure(trained, dataset, plan.recipe)
+    ref = export(trained, measured, dataset, plan.recipe, seed=plan.seed, model=plan.model, artifacts=options.artifacts)
+    if options.activate or store.versions(options.artifacts, plan.model) == [ref]:
+        store.activate(options.artifacts, ref)
+    is_active = store.answering(options.artifacts, plan.model) == ref
+    return Published(ref, measured.metrics, is_active)
