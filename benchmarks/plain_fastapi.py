@@ -13,27 +13,35 @@ import torch
 from fastapi import FastAPI, UploadFile
 from PIL import Image
 
-FOLDER = Path(os.environ["SAFELIGHT_ARTIFACTS"]) / "cifar10"
-BUNDLE = FOLDER / (FOLDER / "active").read_text().strip()
-CLASSES = json.loads((BUNDLE / "manifest.json").read_text())["classes"]
-
-module = torch.jit.load(BUNDLE / "model.ts").eval()
+ARTIFACTS = Path(os.environ["SAFELIGHT_ARTIFACTS"])
 app = FastAPI()
 
 
-def pixels(content: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(content)).convert("RGB").resize((32, 32))
-    return np.asarray(image).transpose(2, 0, 1)
+def load(model: str) -> tuple[torch.nn.Module, list[str], str, tuple[int, int]]:
+    bundle = ARTIFACTS / model / (ARTIFACTS / model / "active").read_text().strip()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    mode = "L" if manifest["input"]["channels"] == 1 else "RGB"
+    size = manifest["input"]["width"], manifest["input"]["height"]
+    return torch.jit.load(bundle / "model.ts").eval(), manifest["classes"], mode, size
 
 
-def answer(logits: torch.Tensor) -> dict[str, object]:
+MODELS = {model: load(model) for model in ("cifar10", "mnist")}
+
+
+def pixels(content: bytes, mode: str, size: tuple[int, int]) -> np.ndarray:
+    image = np.asarray(Image.open(io.BytesIO(content)).convert(mode).resize(size))
+    return np.atleast_3d(image).transpose(2, 0, 1)  # [C, H, W]
+
+
+def answer(logits: torch.Tensor, classes: list[str]) -> dict[str, object]:
     chances = logits.softmax(0)
     best = int(chances.argmax())
-    return {"label": CLASSES[best], "probability": float(chances[best]), "scores": chances.tolist()}
+    return {"label": classes[best], "probability": float(chances[best]), "scores": chances.tolist()}
 
 
 @app.post("/predict")
-def predict(file: list[UploadFile]) -> list[dict[str, object]]:
-    images = torch.from_numpy(np.stack([pixels(part.file.read()) for part in file]))
+def predict(file: list[UploadFile], model: str) -> list[dict[str, object]]:
+    module, classes, mode, size = MODELS[model]
+    images = torch.from_numpy(np.stack([pixels(part.file.read(), mode, size) for part in file]))
     with torch.inference_mode():
-        return [answer(logits) for logits in module(images)]
+        return [answer(logits, classes) for logits in module(images)]

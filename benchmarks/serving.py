@@ -5,6 +5,7 @@ greatest. The client is wrk on the same machine: it takes its share of the proce
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -28,18 +29,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from training.bundle import store
+from training.bundle.images import fit
 from training.bundle.store import BundleRef
 from training.devices import processors
 from training.drawings import golden_images
 
 ROOT = Path(__file__).parents[1]
 CONNECTIONS = (1, 16, 64)
+MODELS = ("cifar10", "mnist")
 IMAGES = 64  # different pictures, and pictures in the large request
 BOUNDARY = "safelight-benchmark"
 
 SERVERS = {
-    "safelight": (["-m", "service"], "/predict?model=cifar10"),
-    "plain FastAPI": (["-m", "uvicorn", "benchmarks.plain_fastapi:app", "--no-access-log"], "/predict"),
+    "safelight": ["-m", "service"],
+    "plain FastAPI": ["-m", "uvicorn", "benchmarks.plain_fastapi:app", "--no-access-log"],
 }
 
 Result = dict[str, float]
@@ -49,23 +52,28 @@ def main() -> None:
     options = parse()
     if not shutil.which("wrk"):
         sys.exit("the benchmark needs wrk: apt-get install wrk")
-    results: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    results: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
-        singles, many = bodies(Path(folder))
-        task = progress.add_task("measuring", total=options.repetitions * len(SERVERS) * (len(CONNECTIONS) + 1))
+        files = {model: bodies(Path(folder), model) for model in MODELS}
+        steps = options.repetitions * len(SERVERS) * len(MODELS) * (len(CONNECTIONS) + 1)
+        task = progress.add_task("measuring", total=steps)
         for repetition in range(options.repetitions):
             names = list(SERVERS)[:: 1 if repetition % 2 == 0 else -1]  # another one goes first each time
             for name in names:
-                with server(name) as url:
-                    wrk(url, singles, 8, 2)  # warm
-                    for connections in CONNECTIONS:
-                        results[name, f"{connections}"].append(wrk(url, singles, connections, options.seconds))
+                with server(name) as address:
+                    for model, (singles, many) in files.items():
+                        url = f"{address}/predict?model={model}"
+                        wrk(url, singles, 8, 2)  # warm
+                        for connections in CONNECTIONS:
+                            results[name, model, f"{connections}"].append(
+                                wrk(url, singles, connections, options.seconds)
+                            )
+                            progress.advance(task)
+                        results[name, model, "many"].append(wrk(url, [many], 4, options.seconds))
                         progress.advance(task)
-                    results[name, "many"].append(wrk(url, [many], 4, options.seconds))
-                    progress.advance(task)
     print(report(results, options))
     if options.json:
-        raw = {f"{name} / {load}": runs for (name, load), runs in results.items()}
+        raw = {" / ".join(key): runs for key, runs in results.items()}
         Path(options.json).write_text(json.dumps({"conditions": conditions(options), "results": raw}, indent=1) + "\n")
 
 
@@ -80,16 +88,17 @@ def parse() -> argparse.Namespace:
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
-def bodies(folder: Path) -> tuple[list[Path], Path]:
+def bodies(folder: Path, model: str) -> tuple[list[Path], Path]:
     """Multipart bodies: 64 with one picture each, and one with all 64."""
-    spec = store.read_manifest(ROOT / "artifacts", active_cifar10()).input
+    spec = store.read_manifest(ROOT / "artifacts", active(model)).input
     pictures = []
-    for index, image in enumerate(golden_images(spec)[:IMAGES]):
-        path = folder / f"{index}.png"
-        Image.fromarray(image.transpose(1, 2, 0)).save(path)
-        pictures.append(path.read_bytes())
-    singles = [write(folder / f"single-{index}", [picture]) for index, picture in enumerate(pictures)]
-    return singles, write(folder / "many", pictures)
+    for drawn in golden_images(spec)[:IMAGES]:  # [C, H, W]
+        image = fit(Image.fromarray(drawn.transpose(1, 2, 0).squeeze()), spec)  # digits as MNIST has them
+        content = io.BytesIO()
+        Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(content, "PNG")
+        pictures.append(content.getvalue())
+    singles = [write(folder / f"{model}-{index}", [picture]) for index, picture in enumerate(pictures)]
+    return singles, write(folder / f"{model}-many", pictures)
 
 
 def write(path: Path, pictures: list[bytes]) -> Path:
@@ -115,11 +124,10 @@ def server(name: str) -> Iterator[str]:
     """Start a server on a free port, as a user would with its defaults; it is gone at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    arguments, path = SERVERS[name]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SAFELIGHT_")}
     environ["SAFELIGHT_ARTIFACTS"] = str(ROOT / "artifacts")
     process = subprocess.Popen(
-        [sys.executable, *arguments, "--port", str(port)],
+        [sys.executable, *SERVERS[name], "--port", str(port)],
         cwd=ROOT,
         env=environ,
         stdout=subprocess.DEVNULL,
@@ -127,7 +135,7 @@ def server(name: str) -> Iterator[str]:
     )
     try:
         wait_until_it_answers(f"http://127.0.0.1:{port}/docs", process)
-        yield f"http://127.0.0.1:{port}{path}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
@@ -147,17 +155,17 @@ def wait_until_it_answers(url: str, process: subprocess.Popen[bytes]) -> None:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict[tuple[str, str], list[Result]], options: argparse.Namespace) -> str:
+def report(results: dict[tuple[str, str, str], list[Result]], options: argparse.Namespace) -> str:
     lines = [f"- {name}: {value}" for name, value in conditions(options).items()]
-    lines += ["", "| load | " + " | ".join(SERVERS) + " | ratio |", "|---|" + "---|" * (len(SERVERS) + 1)]
-    for load in (*map(str, CONNECTIONS), "many"):
-        rates = {
-            name: [run["rps"] * (IMAGES if load == "many" else 1) for run in results[name, load]] for name in SERVERS
-        }
-        ratios = [ours / plain for ours, plain in zip(*rates.values(), strict=True)]
-        cells = [cell(rates[name], results[name, load], load) for name in SERVERS]
-        title = f"{IMAGES} pictures a request, 4 connections" if load == "many" else f"{load} connections"
-        lines.append(f"| {title} | {' | '.join(cells)} | {statistics.median(ratios):.1f} |")
+    lines += ["", "| model | load | " + " | ".join(SERVERS) + " | ratio |", "|---|---|" + "---|" * (len(SERVERS) + 1)]
+    for model in MODELS:
+        for load in (*map(str, CONNECTIONS), "many"):
+            images = IMAGES if load == "many" else 1
+            rates = {name: [run["rps"] * images for run in results[name, model, load]] for name in SERVERS}
+            ratios = [ours / plain for ours, plain in zip(*rates.values(), strict=True)]
+            cells = " | ".join(cell(rates[name], results[name, model, load], load) for name in SERVERS)
+            title = f"{IMAGES} pictures a request, 4 connections" if load == "many" else f"{load} at once"
+            lines.append(f"| {model} | {title} | {cells} | {statistics.median(ratios):.1f} |")
     return "\n".join(lines)
 
 
@@ -174,7 +182,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "processors": processors(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "fastapi", "uvicorn")),
-        "model": f"{active_cifar10()}, 32 x 32 PNG, multipart",
+        "pictures": "PNG of the model's own size, drawn, multipart",
         "n": f"{options.repetitions} repetitions of {options.seconds} s, taking turns; wrk with 1 thread beside them",
     }
 
@@ -186,8 +194,8 @@ def processor() -> str:
     return platform.processor()
 
 
-def active_cifar10() -> BundleRef:
-    return BundleRef("cifar10", store.active(ROOT / "artifacts", "cifar10") or "1")
+def active(model: str) -> BundleRef:
+    return BundleRef(model, store.active(ROOT / "artifacts", model) or "1")
 
 
 if __name__ == "__main__":

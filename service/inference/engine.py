@@ -216,6 +216,7 @@ def _openvino_runner(path: Path, manifest: Manifest, precision: str) -> Runner:
     pixels = model.inputs[0].get_node()
     pixels.set_element_type(openvino.Type.u8)
     pixels.set_partial_shape(openvino.PartialShape([-1, *shape]))
+    _move_biases_behind_pools(model)
     model.validate_nodes_and_infer_types()
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -229,3 +230,25 @@ def _openvino_runner(path: Path, manifest: Manifest, precision: str) -> Runner:
         return request.get_output_tensor(0).data.copy()  # the next run writes over it
 
     return run
+
+
+def _move_biases_behind_pools(model: Any) -> None:
+    """Turn pool(x + bias) into pool(x) + bias: the same, and it keeps OpenVINO from a mistake.
+
+    In float32 its CPU plugin fuses convolution, pool and activation by computing the activation first. That is right
+    for ReLU only; SiLU and GELU fall before they rise. With the bias in between it leaves the order alone.
+    """
+    from openvino import opset13
+
+    for pool in (node for node in model.get_ordered_ops() if node.get_type_name() == "MaxPool"):
+        add = pool.input_value(0).get_node()
+        if add.get_type_name() != "Add":
+            continue
+        x, bias = add.input_values()
+        if bias.partial_shape.is_dynamic or list(bias.shape)[-2:] != [1, 1]:  # what is the same all over a channel
+            continue
+        users = pool.output(0).get_target_inputs()
+        pool.input(0).replace_source_output(x)
+        shifted = opset13.add(pool.output(0), bias)
+        for user in users:
+            user.replace_source_output(shifted.output(0))

@@ -14,6 +14,7 @@ from training.bundle.answers import Logits
 from training.bundle.golden import read_golden
 from training.bundle.manifest import CHECKPOINT, GOLDEN, MANIFEST, MODULE, BundleError, Manifest
 from training.bundle.store import BundleRef, file_facts
+from training.networks.convnet import Activation, ConvNet
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,22 @@ def test_a_way_may_differ_from_float32_in_one_best_class_and_by_0_02_in_probabil
     chunks = iter(np.array_split(candidate, 8))
     timing = engine._time("near", lambda _: next(chunks, candidate), golden, sure(0), manifest)
     assert timing.refused == refused
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_openvino_computes_pool_and_activation_in_their_order(tmp_path: Path, activation: Activation) -> None:
+    pytest.importorskip("openvino", reason="has wheels for x86 only")
+    pixels = torch.randint(256, (64, *SPEC.shape), dtype=torch.uint8, generator=torch.manual_seed(0))
+    network = ConvNet(channels=1, classes=16, widths=[16, 16], stem_width=8, stem_kernel=3, activation=activation)
+    network.initialize(pixels)
+    for group in network.groups:
+        group.norm1.bias.data -= 1  # to where GELU and SiLU still fall
+    with pytest.warns(Warning, match="torch.jit.trace"):
+        ref = make_bundle(tmp_path, module=torch.jit.trace(network.folded(), pixels))
+    folder, manifest = ref.path(tmp_path), store.read_manifest(tmp_path, ref)
+    golden = read_golden(folder / GOLDEN, manifest)
+    logits = engine._openvino_runner(folder / MODULE, manifest, "f32")(golden.images)
+    np.testing.assert_allclose(logits, golden.logits, atol=1e-4 * np.abs(golden.logits).max())
 
 
 def test_a_way_that_fails_to_start_is_passed_over(tmp_path: Path) -> None:
