@@ -81,7 +81,7 @@ def _serve(settings: Settings) -> int:
 def _run_workers(config: uvicorn.Config, listener: socket.socket, url: str) -> None:
     supervisor = _Workers(config, listener, url)
     supervisor.run()
-    if not supervisor.announced and any(one.exitcode not in (0, -signal.SIGTERM) for one in supervisor.processes):
+    if any(one.exitcode not in (0, -signal.SIGTERM) for one in supervisor.processes):
         raise SafelightError("a worker process couldn't start; the log above has the reason")
 
 
@@ -155,6 +155,8 @@ def _check(settings: Settings) -> int:
         return [*registry.unreadable.items(), *((str(entry.ref), entry.reason or "good") for entry in found)]
 
     found = asyncio.run(states())
+    if not found:
+        raise SafelightError(f"there is no model in {settings.artifacts}; safelight train makes one")
     for name, state in found:
         print(f"{name}: {state}")
     return 0 if all(state == "good" for _, state in found) else 1

@@ -49,7 +49,9 @@ class Settings(BaseSettings):
     max_images: int = Field(256, ge=1, le=100_000, description="Most pictures in one request.")
     max_batch: int = Field(64, ge=1, le=4096, description="Most pictures that the engine computes at once.")
     queue_size: int = Field(
-        1024, ge=1, description="Pictures that may wait or be decoded at once; beyond that, 429 with Retry-After."
+        1024,
+        ge=1,
+        description="Pictures of one version that may wait or be decoded at once; beyond that, 429 with Retry-After.",
     )
     deadline_seconds: float = Field(
         10.0, gt=0, description="A request is answered within this time or with 504; X-Deadline-Ms may ask for less."

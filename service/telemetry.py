@@ -73,4 +73,10 @@ class _TextFormatter(logging.Formatter):
         }
         extra.pop("color_message", None)  # uvicorn's
         line, *trace = super().format(record).split("\n")
-        return "\n".join([" ".join([line, *(f"{key}={value}" for key, value in extra.items())]), *trace])
+        fields = (f"{key}={_printable(str(value))}" for key, value in extra.items())
+        return "\n".join([" ".join([line, *fields]), *trace])
+
+
+def _printable(value: str) -> str:
+    """What a client sent must not begin a line of its own."""
+    return value if value.isprintable() else repr(value)

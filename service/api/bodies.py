@@ -76,7 +76,7 @@ def _not_multipart(reason: str) -> MalformedBody:
 def _uploads(form: FormData) -> list[UploadFile]:
     uploads = [part for part in form.getlist("file") if isinstance(part, UploadFile)]
     if not uploads:
-        found = ", ".join(sorted(set(form))) or "none"
+        found = ", ".join(sorted({ascii(name) for name in form})) or "none"
         raise NoImages(f"no part named `file` holds a file (parts found: {found}); with curl: -F file=@picture.png")
     return uploads
 

@@ -31,6 +31,7 @@ async def ready(registry: RegistryDep, lifecycle: LifecycleDep) -> Health:
     if not any(line.active for line in registry.lines.values()):
         found = [entry for line in registry.lines.values() for entry in line.entries.values()]
         reasons = [f"{entry.ref} was refused: {entry.reason}" for entry in found if entry.state == "refused"]
+        reasons += [f"{model} can't be read: {reason}" for model, reason in registry.unreadable.items()]
         raise errors.NotReady(f"no model can answer: {'; '.join(reasons) or f'none in {registry.artifacts}'}")
     return Health(status="ready")
 

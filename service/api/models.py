@@ -18,7 +18,8 @@ router = APIRouter(prefix="/models")
 @router.get("")
 async def list_models(registry: RegistryDep) -> Models:
     """Every model, with every version that was found and its state."""
-    return Models(models=[_model(registry, name, line) for name, line in sorted(registry.lines.items())])
+    models = [_model(registry, name, line) for name, line in sorted(registry.lines.items())]
+    return Models(models=models, unreadable=registry.unreadable)
 
 
 @router.get("/{model}", responses=problems.document(errors.ModelNotFound, store.NameInvalid))

@@ -83,6 +83,7 @@ class Model(BaseModel):
 
 class Models(BaseModel):
     models: list[Model]
+    unreadable: dict[str, str] = Field(description="models whose folder can't be read, and why")
 
 
 class VersionDetail(VersionSummary):

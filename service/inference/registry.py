@@ -32,7 +32,7 @@ from service.inference.batcher import Batcher
 from service.inference.predictor import Predictor
 from service.telemetry import BATCH_SIZE, PENDING, logger
 from training.bundle import store
-from training.bundle.manifest import BundleError, Manifest
+from training.bundle.manifest import BundleError, Manifest, ManifestInvalid
 from training.bundle.store import BundleRef
 
 T = TypeVar("T")
@@ -60,9 +60,10 @@ class Entry:
     signature: Signature
     state: Literal["unverified", "ready", "loaded", "refused"] = "unverified"
     manifest: Manifest | None = None
-    reason: str | None = None  # why it was refused
+    reason: str | None = None  # why it was refused, or can't be loaded now
     predictor: Predictor | None = None  # while it is loaded
     used: float = 0.0  # when it was last asked, monotonic seconds
+    vanished: bool = False  # its folder has gone
 
 
 @dataclass(eq=False)
@@ -119,18 +120,20 @@ class Registry:
     # --- asking ---
 
     async def predictor(self, entry: Entry) -> Predictor:
-        """The predictor of a version, loaded if it isn't. Raises VersionRefused.
+        """The predictor of a version, loaded if it isn't. Raises VersionRefused, VersionNotFound, NotReady.
 
         A load goes on where its caller stops waiting: the next one finds it further, or done.
         """
         entry.used = time.monotonic()
-        predictor = entry.predictor or await asyncio.shield(self._start(self._load_on_demand(entry)))
+        predictor = entry.predictor or await asyncio.shield(self._start(self._load_on_demand(entry.ref)))
         if predictor is None:
-            raise _refused(entry)
+            raise _not_loaded(self.found(entry.ref.model, entry.ref.version))
         return predictor
 
     def line(self, model: str) -> Line:
         store.check_model_name(model)
+        if model not in self.lines and model in self.unreadable:
+            raise NotReady(f"model {model} can't be read: {self.unreadable[model]}")
         if model not in self.lines:
             known = ", ".join(self.lines) or "none"
             raise ModelNotFound(f"there is no model {model!r}; there is {known}")
@@ -155,7 +158,7 @@ class Registry:
             raise self._nothing_active(model, line)
         entry = self.found(model, (line.active or "") if version is None else version)
         if entry.state == "refused":
-            raise _refused(entry)
+            raise _not_loaded(entry)
         return entry
 
     def _nothing_active(self, model: str, line: Line) -> ServiceError:
@@ -171,9 +174,9 @@ class Registry:
         async with self._changing:
             entry = self.entry(model, version)
             await self._load(entry)
-            if entry.state == "refused":
-                raise _refused(entry)
-            await self._write(partial(store.activate, self.artifacts, entry.ref))
+            if entry.predictor is None:
+                raise _not_loaded(entry)
+            await self._write(entry, partial(store.activate, self.artifacts, entry.ref))
             self.lines[model].active = version
             logger.info("activated", extra={"model": model, "version": version})
 
@@ -184,13 +187,15 @@ class Registry:
             on_disk = await asyncio.to_thread(store.active, self.artifacts, model)
             if version in (line.active, on_disk):  # another worker may just have promoted it
                 raise VersionActive(f"{entry.ref} is active; let another version answer first")
-            await self._write(partial(store.delete, self.artifacts, entry.ref))
+            await self._write(entry, partial(store.delete, self.artifacts, entry.ref))
             self._unload(line.entries.pop(version))
             logger.info("deleted", extra={"model": model, "version": version})
 
-    async def _write(self, change: partial[None]) -> None:
+    async def _write(self, entry: Entry, change: partial[None]) -> None:
         try:
             await asyncio.to_thread(change)
+        except (ManifestInvalid, FileNotFoundError) as error:  # since the last scan
+            raise VersionNotFound(f"{entry.ref} has gone from the artifacts folder") from error
         except OSError as error:
             raise ArtifactsUnwritable(f"the artifacts folder can't be written: {error.strerror}") from error
 
@@ -212,25 +217,24 @@ class Registry:
         for model, line in list(self.lines.items()):
             async with self._changing:
                 await self._follow(model, line)
+                self._forget(model, line)
 
     def _reconcile(self, found: dict[BundleRef, Signature], unreadable: dict[str, str]) -> None:
-        """One entry for each version in the folder; a new one where it changed since it was refused or unloaded."""
+        """One entry for each version in the folder; a new one where it changed since it was refused or unloaded.
+
+        One that has vanished is only marked: it goes once another answers in its place.
+        """
         for model in unreadable.keys() - self.unreadable.keys():
             logger.warning("model can't be read", extra={"model": model, "reason": unreadable[model]})
         self.unreadable = unreadable
-        for model, line in list(self.lines.items()):
-            if model in unreadable:
-                continue  # what is in memory goes on
-            for version in [version for version in line.entries if BundleRef(model, version) not in found]:
-                logger.info("vanished", extra={"model": model, "version": version})
-                self._unload(line.entries.pop(version))
-            if not line.entries:
-                del self.lines[model]
+        for model, line in self.lines.items():
+            for entry in line.entries.values():
+                entry.vanished = entry.ref not in found and model not in unreadable  # else what is in memory goes on
         for ref, signature in found.items():
             entries = self.lines.setdefault(ref.model, Line()).entries
-            entry = entries.get(ref.version)
+            known = entries.get(ref.version)
             # A loaded version stays: what is in memory was verified, whatever has happened to its files.
-            if entry is None or (entry.signature != signature and entry.state != "loaded"):
+            if known is None or (known.signature != signature and known.state != "loaded"):
                 entries[ref.version] = Entry(ref, signature)
         for line in self.lines.values():
             line.entries = {version: line.entries[version] for version in sorted(line.entries, key=int)}
@@ -244,16 +248,24 @@ class Registry:
         wanted = await asyncio.to_thread(store.active, self.artifacts, model)
         before = [version for version in line.entries if wanted and int(version) < int(wanted)]
         order = dict.fromkeys([wanted, line.active, *reversed(before), *line.entries])
-        line.active = await self._first_good([line.entries[version] for version in order if version in line.entries])
+        there = {version: entry for version, entry in line.entries.items() if not entry.vanished}
+        line.active = await self._first_good([there[version] for version in order if version in there])
         ignored = wanted if wanted != line.active else None
         if ignored not in (None, line.ignored):
             logger.warning("pointer not followed", extra={"model": model, "wanted": wanted, "active": line.active})
         line.ignored = ignored
 
+    def _forget(self, model: str, line: Line) -> None:
+        for entry in [entry for entry in line.entries.values() if entry.vanished]:
+            logger.info("vanished", extra={"model": model, "version": entry.ref.version})
+            self._unload(line.entries.pop(entry.ref.version))
+        if not line.entries:
+            del self.lines[model]
+
     async def _first_good(self, entries: list[Entry]) -> str | None:
         for entry in entries:
             await self._load(entry)
-            if entry.state == "loaded":
+            if entry.predictor:
                 return entry.ref.version
         return None
 
@@ -269,11 +281,17 @@ class Registry:
 
     # --- loading and unloading ---
 
-    async def _load_on_demand(self, entry: Entry) -> Predictor | None:
+    async def _load_on_demand(self, ref: BundleRef) -> Predictor | None:
         async with self._changing:
+            entry = self.lines.get(ref.model, Line()).entries.get(
+                ref.version
+            )  # a scan may have put another in its place
+            if entry is None:
+                return None
             await self._load(entry)
+            predictor = entry.predictor
             self._evict()
-            return entry.predictor
+            return predictor
 
     async def _load(self, entry: Entry) -> None:
         """Give an entry its predictor, or the reason why it can't have one."""
@@ -288,8 +306,11 @@ class Registry:
             loaded = await loop.run_in_executor(self._loader, engine.load, folder, entry.manifest, self.limits.device)
         except Exception as error:  # a bundle is somebody's program: whatever it raises, only this version suffers
             foreseen = isinstance(error, (BundleError, OSError))
-            entry.state, entry.reason = "refused", str(error) if foreseen else f"its verification failed: {error!r}"
-            logger.warning("refused", extra=names | {"reason": entry.reason}, exc_info=not foreseen)
+            entry.reason = str(error) if foreseen else f"its verification failed: {error!r}"
+            by_the_machine = isinstance(error.__cause__ or error, OSError) or not isinstance(error, BundleError)
+            if entry.state == "unverified" or not by_the_machine:  # one that was good before gets another chance
+                entry.state = "refused"
+            logger.warning("can't be loaded", extra=names | {"reason": entry.reason}, exc_info=not foreseen)
             return
         entry.state, entry.reason = "loaded", None
         entry.predictor = self._new_predictor(entry.ref, loaded)
@@ -366,5 +387,7 @@ def _signature(folder: Path) -> Signature:
     return tuple(sorted(signature))
 
 
-def _refused(entry: Entry) -> VersionRefused:
-    return VersionRefused(f"{entry.ref} was refused: {entry.reason}; ask for another version", reason=entry.reason)
+def _not_loaded(entry: Entry) -> ServiceError:
+    if entry.state == "refused":
+        return VersionRefused(f"{entry.ref} was refused: {entry.reason}; ask for another version", reason=entry.reason)
+    return NotReady(f"{entry.ref} can't be loaded now: {entry.reason}; try again in a moment")

@@ -33,3 +33,11 @@ def test_less_severe_lines_are_left_out(capsys: pytest.CaptureFixture[str]) -> N
     logger.info("request")
     logger.warning("refused")
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_a_client_sent_begins_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info", "text")
+    logger.info("request", extra={"path": "/x\n12:00:00 INFO    request status=200"})
+    printed = capsys.readouterr().err
+    assert printed.endswith("INFO    request path='/x\\n12:00:00 INFO    request status=200'\n")
+    assert printed.count("\n") == 1

@@ -1,5 +1,7 @@
 """Data sets: class folders in every shape that people pack them in, MNIST and CIFAR-10, and the cache."""
 
+import hashlib
+import pickle
 import shutil
 import struct
 import zipfile
@@ -369,6 +371,35 @@ def test_cifar10_is_read_from_a_zip_of_class_folders(tmp_path: Path, split: Path
     zipped(split, "cifar10.zip")
     dataset = datasets.load("cifar10", SPEC, tmp_path)
     assert (dataset.name, dataset.classes, counts(dataset.train)) == ("cifar10", ("filled", "hollow"), [6, 6])
+
+
+def test_cifar10_is_read_as_torchvision_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+
+    def write(name: str, content: object) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(level: int) -> dict[str, object]:
+        pixels = np.zeros((2, 3072), np.uint8)
+        pixels[:, :1024] = level  # red comes first
+        return {"data": pixels, "labels": [level, 9]}
+
+    train = [[name, write(name, batch(number))] for number, (name, _) in enumerate(CIFAR10.train_list)]
+    test = [[name, write(name, batch(7))] for name, _ in CIFAR10.test_list]
+    kinds = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    meta = CIFAR10.meta | {"md5": write(CIFAR10.meta["filename"], {"label_names": kinds})}
+    for name, value in (("train_list", train), ("test_list", test), ("meta", meta)):
+        monkeypatch.setattr(CIFAR10, name, value)
+
+    dataset = datasets.load("cifar10", InputSpec(channels=3, height=32, width=32, fit="cover"), tmp_path)
+    assert (dataset.name, list(dataset.classes)) == ("cifar10", kinds)
+    assert dataset.train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert dataset.train.images[::2].amax((2, 3)).tolist() == [[level, 0, 0] for level in range(5)]
+    assert dataset.test.labels.tolist() == [7, 9]
 
 
 @pytest.mark.data

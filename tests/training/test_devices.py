@@ -54,8 +54,21 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(wanted: str) -
 
 
 @pytest.mark.parametrize("wanted", [None, "", "auto"])
-def test_the_best_device_is_chosen_where_none_is_named(wanted: str | None) -> None:
-    assert choose_device(wanted) == torch.device(available_devices()[0])
+@pytest.mark.parametrize(
+    ("gpus", "mps", "best", "all_of_them"),
+    [
+        (2, True, "cuda", ["cuda", "cuda:0", "cuda:1", "mps", "cpu"]),
+        (0, True, "mps", ["mps", "cpu"]),
+        (0, False, "cpu", ["cpu"]),
+    ],
+)
+def test_the_best_device_is_chosen_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, best: str, all_of_them: list[str], wanted: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert (choose_device(wanted), available_devices()) == (torch.device(best), all_of_them)
 
 
 def test_the_cpu_can_always_be_chosen() -> None:

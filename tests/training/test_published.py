@@ -1,5 +1,6 @@
 """What is done with a published version and no server: verify, measure, ask. A bad one is refused, whatever it is."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,9 +151,19 @@ def test_a_model_of_somebodys_own_data_asks_where_that_is(tiny: Path) -> None:
         evaluate(tiny)
 
 
+@pytest.mark.parametrize("model", ["mnist", "cifar10"])
+def test_a_shipped_bundle_has_at_most_20_megabytes_and_no_path_of_the_machine_that_made_it(model: str) -> None:
+    folder = Path(__file__).parents[2] / "artifacts" / model / "1"
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert sum(map(len, contents)) <= 20_000_000
+    with zipfile.ZipFile(folder / "model.ts") as module:
+        contents += [module.read(name) for name in module.namelist()]
+    assert not any(word in content for content in contents for word in (b"/home/", b"/tmp/", b"site-packages"))
+
+
 @pytest.mark.data
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "least"), [("mnist", 0.99), ("cifar10", 0.92)])
+@pytest.mark.parametrize(("model", "least"), [("mnist", 0.995), ("cifar10", 0.935)])
 def test_the_shipped_models_score_what_they_say(data: Path, model: str, least: float) -> None:
     artifacts = Path(__file__).parents[2] / "artifacts"
     ref = BundleRef(model, store.active(artifacts, model) or "")

@@ -59,7 +59,7 @@ def fit(image: Image.Image, spec: InputSpec) -> Pixels:
     """Fit a loaded picture of mode L or RGB: uint8 [C, H, W]."""
     size = (spec.width, spec.height)
     if spec.fit == "digit":
-        pixels = fit_digit(np.asarray(image.convert("L")), size)  # [H, W]
+        pixels = fit_digit(np.asarray(image if image.mode == "L" else image.convert("L")), size)  # [H, W]
     elif image.size == size:
         pixels = np.asarray(image)
     elif spec.fit == "cover":
@@ -98,11 +98,12 @@ def _load(image: Image.Image, spec: InputSpec) -> Image.Image:
         ample = 32 if spec.fit == "digit" else 4
         image.draft(None, (ample * spec.width, ample * spec.height))
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     image = _eight_bits(image)
     if image.has_transparency_data:
         image = _without_alpha(image)
-    return image.convert("L" if spec.channels == 1 else "RGB")
+    mode = "L" if spec.channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import time
@@ -44,7 +45,7 @@ def problem(body: dict[str, Any]) -> dict[str, Any]:
 
 def test_models_are_listed_with_their_versions(client: TestClient, settings: Settings) -> None:
     model = whole(summary("1", active=True, settings=settings), active="1")
-    assert client.get("/models").json() == {"models": [model]}
+    assert client.get("/models").json() == {"models": [model], "unreadable": {}}
     assert client.get("/models/greys").json() == model
 
 
@@ -199,3 +200,19 @@ def test_an_active_version_is_not_deleted_and_another_one_is(client: TestClient,
     assert (reply.status_code, reply.content) == (204, b"")
     assert not (settings.artifacts / "greys" / "1").exists()
     assert client.get("/models/greys/versions/1").json()["code"] == "version_not_found"
+
+
+def test_a_model_whose_folder_cannot_be_read_is_listed_with_the_reason(client: TestClient, settings: Settings) -> None:
+    folder = settings.artifacts / "pets"
+    folder.mkdir()
+    (folder / "1").symlink_to("1")  # a link to itself
+    reason = f"[Errno {errno.ELOOP}] Too many levels of symbolic links: '{folder / '1'}'"
+    for _ in range(200):
+        if (found := client.get("/models").json())["unreadable"]:
+            break
+        time.sleep(0.02)
+    assert (found["unreadable"], [model["name"] for model in found["models"]]) == ({"pets": reason}, ["greys"])
+    reply = client.get("/models/pets")
+    assert (reply.status_code, reply.json()["code"]) == (503, "not_ready")
+    assert reply.json()["detail"] == f"model pets can't be read: {reason}"
+    assert client.get("/health/ready").status_code == 200

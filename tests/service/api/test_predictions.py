@@ -3,6 +3,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import GREYS, POISON, Fragile, encode, grey, make_bundle
+from tests.tiny import GREYS, POISON, Fragile, Slow, encode, grey, make_bundle
 
 PNG = {"Content-Type": "image/png"}
 JSON = {"Content-Type": "application/json"}
@@ -138,11 +139,12 @@ def test_one_bad_picture_does_not_spoil_the_others(client: TestClient) -> None:
     }
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and has next to nothing in it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
@@ -305,7 +307,7 @@ def test_zero_files(client: TestClient) -> None:
     assert wrong_name == {
         "title": "No picture in the request",
         "status": 400,
-        "detail": "no part named `file` holds a file (parts found: image); with curl: -F file=@picture.png",
+        "detail": "no part named `file` holds a file (parts found: 'image'); with curl: -F file=@picture.png",
         "code": "no_images",
     }
     assert problem(client.post("/predict", json={"images": []})) == {
@@ -477,6 +479,38 @@ def test_a_deadline_that_passes_while_a_version_is_loaded_names_the_load(setting
         }
         patient = client.post("/predict?version=2", content=grey(5), headers=PNG)
         assert essence(patient.json()["predictions"][0]) == prediction(5)
+
+
+@pytest.mark.parametrize("stage", ["queue", "infer"])
+def test_a_deadline_that_passes_before_or_at_the_engine_names_it(settings: Settings, stage: str) -> None:
+    make_bundle(settings.artifacts, module=Slow())
+    with application(settings, max_batch=1) as client, ThreadPoolExecutor(1) as pool:
+        slow = files(*[grey(1)] * 200)
+        if stage == "infer":
+            response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "100"})
+        else:
+            first = pool.submit(client.post, "/predict", files=slow)
+            while 'safelight_pending_images{model="greys",version="2"} 200.0' not in client.get("/metrics").text:
+                assert not first.done()
+            response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "100"})
+            assert first.result().status_code == 200
+        assert problem(response) == {
+            "title": "Not answered in time",
+            "status": 504,
+            "detail": f"the deadline passed in the {stage} stage",
+            "code": "deadline_exceeded",
+            "stage": stage,
+        }
+
+
+def test_a_text_that_unpacks_to_a_gigabyte_is_a_damaged_picture(client: TestClient) -> None:
+    """A decompression bomb beside the pixels: 200 compressed comments of a megabyte each."""
+    data, comment = grey(1), b"a\0\0" + zlib.compress(bytes(1_000_000))
+    end = data.index(b"IEND") - 4
+    body = problem(
+        client.post("/predict", content=data[:end] + chunk(b"zTXt", comment) * 200 + data[end:], headers=PNG)
+    )
+    assert (body["status"], body["code"]) == (400, "image_corrupt")
 
 
 def test_exif_rotation_is_undone(settings: Settings) -> None:

@@ -509,3 +509,76 @@ def test_a_version_that_another_worker_has_just_promoted_is_not_deleted(artifact
             await registry.delete("greys", "2")
 
     run(artifacts, test)
+
+
+def test_the_active_version_answers_until_another_is_ready_in_its_place_when_its_folder_vanishes(
+    artifacts: Path,
+) -> None:
+    for _ in range(3):
+        make_bundle(artifacts)
+
+    async def test(registry: Registry) -> None:
+        await registry.scan()
+        for version in ("2", "3"):  # now 1 is on disk only
+            await ask(registry, 1, version=version)
+        assert states(registry)["greys@1"] == "ready"
+        for version in ("2", "3", "4"):
+            shutil.rmtree(artifacts / "greys" / version)
+        following = asyncio.create_task(registry.follow())
+        answered = []
+        while not following.done():
+            answered.append(await ask(registry, 5))
+        assert answered[0] == "grey-5 by greys@4"
+        assert await ask(registry, 5) == "grey-5 by greys@1"
+        assert states(registry) == {"greys@1": "loaded"}
+
+    run(artifacts, test, loaded_versions=1)
+
+
+def test_a_version_that_went_since_the_last_scan_can_be_neither_promoted_nor_deleted(artifacts: Path) -> None:
+    make_bundle(artifacts, activate=False)
+
+    async def test(registry: Registry) -> None:
+        await registry.scan()
+        shutil.rmtree(artifacts / "greys" / "2")
+        for change in (registry.activate, registry.delete):
+            with pytest.raises(VersionNotFound, match="^greys@2 has gone from the artifacts folder$"):
+                await change("greys", "2")
+        assert await ask(registry, 3) == "grey-3 by greys@1"
+
+    run(artifacts, test)
+
+
+def test_a_good_version_that_the_machine_fails_to_load_gets_another_chance(artifacts: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        make_bundle(artifacts, activate=False)
+    folder = artifacts / "greys" / "2"
+
+    async def test(registry: Registry) -> None:
+        await registry.scan()
+        await ask(registry, 1, version="3")
+        assert states(registry)["greys@2"] == "ready"
+        folder.rename(tmp_path / "away")  # as a share that is gone for a moment
+        with pytest.raises(NotReady, match="^greys@2 can't be loaded now: .*No such file.*; try again in a moment$"):
+            await ask(registry, 1, version="2")
+        (tmp_path / "away").rename(folder)
+        assert await ask(registry, 1, version="2") == "grey-1 by greys@2"
+
+    run(artifacts, test, loaded_versions=1)
+
+
+def test_a_version_that_was_replaced_while_a_request_waited_for_it_is_the_new_one(artifacts: Path) -> None:
+    for _ in range(2):
+        make_bundle(artifacts, activate=False)
+
+    async def test(registry: Registry) -> None:
+        await registry.scan()
+        await ask(registry, 1, version="3")
+        before = registry.entry("greys", "2")
+        os.utime(artifacts / "greys" / "2" / MODULE)  # as if copied again
+        await registry.follow()
+        predictor = await registry.predictor(before)
+        assert before.predictor is None
+        assert registry.entry("greys", "2").predictor is predictor
+
+    run(artifacts, test, loaded_versions=1)
