@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,14 +22,18 @@ README = (ROOT / "README.md").read_text()
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)")
 CODE_PATH = re.compile(r"`((?:service|training|tests|docs|benchmarks|artifacts)/[\w./-]+\.\w+)`")
 
+CURL = re.compile(r"^curl .+", re.M)
+
 # A curl line of the README, and the answer that stands below it.
 EXAMPLES = re.findall(r"```sh\n(curl [^\n]+)\n```\n\n```json\n(.*?)\n```", README, re.S)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What `make serve` starts: the shipped models, default settings, but for the port."""
-    with serving(ROOT / "artifacts", tmp_path_factory.mktemp("server")) as server:
+    """What `make serve` starts: the shipped models, default settings, but for the port and that they are copies."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copytree(ROOT / "artifacts", folder / "artifacts")
+    with serving(folder / "artifacts", folder) as server:
         yield server
 
 
@@ -67,6 +72,25 @@ def test_the_readmes_curl_lines_give_the_readmes_answers(command: str, answer: s
     arguments = shlex.split(command.replace("localhost:8000", server.url.removeprefix("http://")))
     printed = subprocess.run([*arguments, "-sS"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert rounded(json.loads(printed)) == rounded(json.loads(answer))
+
+
+@pytest.mark.parametrize("page", ["http.md", "getting-started.md"])
+def test_the_curl_lines_of_the_docs_are_answered(page: str, server: Server) -> None:
+    commands = CURL.findall((ROOT / "docs" / page).read_text())
+    expected = {command: 404 if "DELETE" in command else 400 if "<base64" in command else 200 for command in commands}
+    assert {command: status(command, server) for command in commands} == expected
+    assert len(commands) >= 4
+
+
+def test_the_curl_line_that_the_server_prints_is_answered(server: Server) -> None:
+    assert server.process.stdout is not None
+    assert status(server.process.stdout.readline().strip(), server) == 200
+
+
+def status(command: str, server: Server) -> int:
+    arguments = shlex.split(command.replace("localhost:8000", server.url.removeprefix("http://")), comments=True)
+    quiet = ["-sS", "-o", "/dev/null", "-w", "%{http_code}"]
+    return int(subprocess.run([*arguments, *quiet], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def rounded(value: object) -> object:
