@@ -76,7 +76,8 @@ def test_requests_under_way_in_several_workers_at_sigterm_are_finished(tmp_path:
         until(lambda: len(both_workers(server)) == 2)
         with ThreadPoolExecutor(4) as pool:
             asking = [pool.submit(httpx.post, f"{server.url}/predict", files=files, timeout=30) for _ in range(4)]
-            until(lambda: pending(server.url) >= 4 * 200)
+            until(lambda: metric(server.url, "safelight_images_total") + pending(server.url) >= 4 * 200)
+            assert pending(server.url) > 0
             assert server.stop() == 0
         labels = [[entry["label"] for entry in one.result().json()["predictions"]] for one in asking]
     assert labels == [[f"grey-{index % 16}" for index in range(200)]] * 4
@@ -94,9 +95,14 @@ def until(seen: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def pending(url: str) -> float:
+def metric(url: str, name: str) -> float:
+    """The sum over all models and versions."""
     text = httpx.get(f"{url}/metrics").text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("safelight_pending_images{"))
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name}{{"))
+
+
+def pending(url: str) -> float:
+    return metric(url, "safelight_pending_images")
 
 
 def test_while_it_drains_it_says_so_and_still_answers(artifacts: Path, tmp_path: Path) -> None:
