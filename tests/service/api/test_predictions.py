@@ -1,6 +1,7 @@
 import base64
 import io
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -483,16 +484,17 @@ def test_a_deadline_that_passes_while_a_version_is_loaded_names_the_load(setting
 @pytest.mark.parametrize("stage", ["queue", "infer"])
 def test_a_deadline_that_passes_before_or_at_the_engine_names_it(settings: Settings, stage: str) -> None:
     make_bundle(settings.artifacts, module=Slow())
-    with application(settings, max_batch=1) as client, ThreadPoolExecutor(1) as pool:
+    with application(settings, max_batch=1) as client, ThreadPoolExecutor(2) as pool:
         slow = files(*[grey(1)] * 200)
         if stage == "infer":
             response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "100"})
         else:
-            first = pool.submit(client.post, "/predict", files=slow)
-            while 'safelight_pending_images{model="greys",version="2"} 200.0' not in client.get("/metrics").text:
-                assert not first.done()
-            response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "100"})
-            assert first.result().status_code == 200
+            before = [pool.submit(client.post, "/predict", files=slow) for _ in range(2)]
+            while 'safelight_pending_images{model="greys",version="2"} 400.0' not in client.get("/metrics").text:
+                assert not any(one.done() for one in before)
+                time.sleep(0.02)
+            response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "300"})
+            assert [one.result().status_code for one in before] == [200, 200]
         assert problem(response) == {
             "title": "Not answered in time",
             "status": 504,
