@@ -3,7 +3,7 @@
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -12,6 +12,13 @@ class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class Validated(_Event):
+    """The data set was read and checked; `report` is intake's. What follows is training."""
+
+    event: Literal["validated"] = "validated"
+    report: dict[str, Any]
 
 
 class Started(_Event):
@@ -72,6 +79,13 @@ class Published(_Event):
     accuracy: float
 
 
+class Decided(_Event):
+    """The end of a fine-tuning run: what became of the candidate, with every figure behind it."""
+
+    event: Literal["decided"] = "decided"
+    result: dict[str, Any]
+
+
 class Failed(_Event):
     event: Literal["failed"] = "failed"
     code: str
@@ -79,7 +93,8 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Started | Notice | Progress | Epoch | Checkpointed | Interrupted | Published | Failed, Field(discriminator="event")
+    Validated | Started | Notice | Progress | Epoch | Checkpointed | Interrupted | Published | Decided | Failed,
+    Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
@@ -95,13 +110,15 @@ def code_of(error: Exception) -> str:
 
 
 class EventLog:
-    """Appends events to a file, each flushed as it is written; a line is whole or not there."""
+    """Appends events to a file, each written at once; what a kill cut short is taken away first."""
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[str] = path.open("a", buffering=1)
+        self._file: IO[bytes] = path.open("ab", buffering=0)
+        if path.stat().st_size:
+            self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def __call__(self, event: Event) -> None:
-        self._file.write(event.model_dump_json() + "\n")
+        self._file.write(event.model_dump_json().encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

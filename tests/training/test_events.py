@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from training import events
 
 EVENTS = [
+    events.Validated(report={"classes": {"cat": 20, "dog": 21}, "rejected": []}),
     events.Started(recipe="tiny", dataset="squares", seed=0, device="cpu", precision="float32", steps=40, step=10),
     events.Notice(message="begun with 2 threads, goes on with 4"),
     events.Progress(step=1, steps=40, epoch=0.1, loss=0.7, accuracy=0.5, images_per_second=1000.5, seconds_left=3.0),
@@ -25,6 +26,7 @@ EVENTS = [
     events.Checkpointed(step=10, path="runs/ä/checkpoint.pt"),
     events.Interrupted(step=10),
     events.Published(model="squares", version="1", accuracy=0.9),
+    events.Decided(result={"model": "squares", "promoted": True, "summary": "fixed 41 of 310, broke 6; promoted"}),
     events.Failed(code="diverged", message="the loss\nis not finite"),
 ]
 
@@ -68,3 +70,14 @@ def test_the_log_is_gone_on_with(tmp_path: Path) -> None:
         log(events.Interrupted(step=step))
         log.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_line_that_a_kill_cut_short_is_taken_away_before_the_next_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    whole = events.Interrupted(step=1).model_dump_json() + "\n"
+    path.write_text(whole + '{"at": "2026-')
+    log = events.EventLog(path)
+    assert path.read_text() == whole
+    log(events.Interrupted(step=2))
+    log.close()
+    assert [events.parse(line).model_dump()["step"] for line in path.read_text().splitlines()] == [1, 2]
