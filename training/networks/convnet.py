@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Activation = Literal["relu", "gelu", "silu"]
+Pool = Literal["max", "mean and max"]
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -30,6 +31,8 @@ class ConvNet(nn.Module):
         stem_stride: int = 1,
         whiten: bool = False,
         activation: Activation = "gelu",
+        pool: Pool = "max",
+        head_bias: bool = False,
     ) -> None:
         super().__init__()
         if whiten and stem_width > (directions := 2 * channels * stem_kernel**2):
@@ -41,8 +44,10 @@ class ConvNet(nn.Module):
         self.activation = _ACTIVATIONS[activation]()
         inputs = [stem_width, *widths[:-1]]
         self.groups = nn.Sequential(*(Group(i, o, activation) for i, o in zip(inputs, widths, strict=True)))
-        self.head = nn.Linear(widths[-1], classes, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / widths[-1])
+        self.pool = pool
+        width = widths[-1] * (1 if pool == "max" else 2)
+        self.head = nn.Linear(width, classes, bias=head_bias)
+        nn.init.normal_(self.head.weight, std=1 / width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.features(pixels))  # [N, K]
@@ -51,7 +56,7 @@ class ConvNet(nn.Module):
         x = self.normalize(pixels)  # [N, C, H, W]
         x = self.activation(self.stem(x))
         x = self.groups(x)  # [N, widths[-1], h, w]
-        return x.amax((2, 3))  # [N, widths[-1]]
+        return pooled(x, self.pool)  # [N, D]
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -73,6 +78,12 @@ class ConvNet(nn.Module):
             assert isinstance(group, Group)
             group.fold()
         return copy
+
+
+def pooled(x: Tensor, pool: Pool) -> Tensor:
+    """Feature maps [N, C, h, w] to features: [N, C], or [N, 2 * C] where the mean goes with the maximum."""
+    largest = x.amax((2, 3))
+    return largest if pool == "max" else torch.cat([x.mean((2, 3)), largest], dim=1)
 
 
 class Group(nn.Module):
