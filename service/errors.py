@@ -27,6 +27,7 @@
   + KeyReused              an Idempotency-Key that came with another request before
   + KeyInUse               the first request with this Idempotency-Key is still being answered
   + DatabaseUnavailable    the database of jobs can't be reached
+  + StateUnwritable        the state folder can't be written
 """
 
 from training import SafelightError
@@ -141,4 +142,8 @@ class KeyInUse(ServiceError):
 
 
 class DatabaseUnavailable(ServiceError):
+    pass
+
+
+class StateUnwritable(ServiceError):
     pass

@@ -25,16 +25,22 @@ class Tail:
 
     def read(self, limit: int | None = None) -> list[bytes]:
         """The whole lines that have come since, or the first `limit` of them."""
+        lines = self._rest()[:limit]
+        self._offset += sum(map(len, lines))
+        self.lines += len(lines)
+        return lines
+
+    def at_end(self) -> bool:
+        return not self._rest()
+
+    def _rest(self) -> list[bytes]:
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
             return []
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)[:limit]
-        self._offset += sum(map(len, lines))
-        self.lines += len(lines)
-        return lines
+        return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def page(path: Path, *, after: int, limit: int) -> tuple[list[dict[str, Any]], bool]:

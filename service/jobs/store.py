@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
@@ -22,6 +23,7 @@ from service.errors import (
     KeyReused,
 )
 from service.jobs import tables
+from service.jobs.home import home
 from service.jobs.job import AT_WORK, FOLLOWING, TERMINAL, Builtin, Dataset, Job, Order, Status, Wish, new_id
 from service.telemetry import logger
 
@@ -251,6 +253,12 @@ class JobStore:
         """Give a claimed key back: its request was refused, and may come again."""
         with self._transaction() as connection:
             connection.execute(delete(tables.idempotency_keys).where(_keys.key == key, _keys.reply.is_(None)))
+
+
+def open_store(state: Path, url: str | None = None) -> JobStore:
+    """The jobs of a state folder: in a file there, or in the database of the url. Raises StateUnwritable too."""
+    name = home(state)
+    return JobStore(url or f"sqlite:///{state.resolve() / 'jobs.db'}", name)
 
 
 @contextmanager

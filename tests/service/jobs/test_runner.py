@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -540,9 +541,10 @@ async def test_a_process_that_only_has_the_same_id_is_let_alone(shop: Workshop) 
 @in_loop
 async def test_one_runner_works_in_a_state_folder_and_another_takes_over(shop: Workshop) -> None:
     job, next_one = shop.queue(steps=10_000), shop.queue(steps=10_000)
-    async with AsyncExitStack() as first, shop.runner().working():
-        await first.enter_async_context(shop.runner().working())
-        await shop.until(job, "running")
+    first = AsyncExitStack()
+    await first.enter_async_context(shop.runner().working())
+    await shop.until(job, "running")
+    async with shop.runner().working():
         await asyncio.sleep(0.7)
         assert shop.jobs.get(next_one.id).status == "queued"
         await first.aclose()
