@@ -15,6 +15,7 @@ import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.supervisors import Multiprocess
 
+from service.jobs.store import open_store
 from service.settings import PREFIX, Settings, SettingsInvalid
 from training import SafelightError
 from training.devices import choose_device
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings.read()
         _check_artifacts(settings.artifacts)
         choose_device(settings.device)
-        return _check(settings) if options.check else _serve(settings)
+        if options.check:
+            return _check(settings)
+        open_store(settings.state, settings.database_url).close()
+        return _serve(settings)
     except SafelightError as error:
         print(f"safelight: {error}", file=sys.stderr)
         return 2

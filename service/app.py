@@ -1,7 +1,8 @@
-"""All wiring, in running order: settings → registry → routers → middleware."""
+"""All wiring, in running order: settings → registry → jobs → routers → middleware."""
 
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from typing import TypedDict
 
 import torch
@@ -12,19 +13,27 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import telemetry
-from service.api import health, models, predictions, problems
+from service.api import health, models, predictions, problems, training
 from service.api.middleware import BodyLimit, Observe
 from service.inference.registry import Limits, Registry
+from service.jobs.datasets import DatasetStore
+from service.jobs.runner import Keeping, Machine, Runner
+from service.jobs.store import JobStore, open_store
 from service.lifecycle import Lifecycle, drain_on_sigterm
 from service.settings import Settings
 from training import SafelightError, __version__
 from training.devices import choose_device, processors
+
+GRACE_SECONDS = 10.0  # a training process ends within two at its next step; more on a busy machine
 
 
 class State(TypedDict):
     settings: Settings
     registry: Registry
     lifecycle: Lifecycle
+    datasets: DatasetStore
+    jobs: JobStore
+    runner: Runner
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -40,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.include_router(predictions.router, tags=["predict"])
     app.include_router(models.router, tags=["models"])
+    app.include_router(training.router, tags=["train"])
     app.include_router(health.router, tags=["health"])
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
 
@@ -52,16 +62,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def resources(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    """What lives as long as the application: the registry, and the readiness that SIGTERM ends."""
+    """What lives as long as the application: the registry, the jobs, and the readiness that SIGTERM ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         limits = engine_limits(settings)
         torch.set_num_threads(limits.threads)
         lifecycle = Lifecycle()
+        datasets = DatasetStore(settings.state / "datasets")
         async with Registry.open(settings.artifacts, limits, settings.default_model) as registry:
-            with drain_on_sigterm(lifecycle, settings.drain_seconds):
-                yield {"settings": settings, "registry": registry, "lifecycle": lifecycle}
+            with closing(open_store(settings.state, settings.database_url)) as jobs:
+                runner = new_runner(settings, jobs, datasets, registry)
+                async with runner.working():
+                    with drain_on_sigterm(lifecycle, settings.drain_seconds):
+                        yield State(
+                            settings=settings,
+                            registry=registry,
+                            lifecycle=lifecycle,
+                            datasets=datasets,
+                            jobs=jobs,
+                            runner=runner,
+                        )
 
     return lifespan
 
@@ -76,4 +97,28 @@ def engine_limits(settings: Settings) -> Limits:
         max_pixels=settings.max_image_pixels,
         loaded_versions=settings.loaded_versions,
         rescan_seconds=settings.rescan_seconds,
+    )
+
+
+def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, registry: Registry) -> Runner:
+    async def published(_: str, __: str) -> None:
+        await registry.follow()
+
+    machine = Machine(
+        command=[sys.executable, "-m", "training"],
+        artifacts=settings.artifacts.resolve(),
+        data=settings.data.resolve() if settings.data else None,
+        device=settings.device,
+        memory_bytes=settings.job_memory_bytes,
+        job_seconds=settings.job_seconds,
+        grace_seconds=GRACE_SECONDS,
+    )
+    return Runner(
+        jobs,
+        settings.state.resolve() / "jobs",
+        machine,
+        slots=settings.concurrent_jobs,
+        keeping=Keeping(checkpoints=settings.keep_checkpoints, jobs=settings.keep_jobs),
+        dataset_path=datasets.path,
+        published=published,
     )

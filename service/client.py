@@ -7,6 +7,9 @@
 A method's calls are described once, below; the two clients only differ in how they send them.
 """
 
+import asyncio
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +19,13 @@ from typing import Any, Generic, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
-from service.api.schemas import Health, Info, Model, Models, Predictions, Problem, VersionDetail
+from service.api.schemas import Events, Health, Info, Jobs, Model, Models, Predictions, Problem, VersionDetail
+from service.jobs.job import TERMINAL, Job, Promote, Status
 
 URL = "http://127.0.0.1:8000"
 TIMEOUT = 30.0  # seconds; the service itself gives up after 10
+UPLOAD_TIMEOUT = 600.0  # an archive is checked picture by picture before it is answered
+POLL_SECONDS = 0.5  # between looks at a job that is waited for
 
 Picture = bytes | Path
 Reply = TypeVar("Reply", bound=BaseModel)
@@ -70,6 +76,34 @@ def _activate(model: str, version: str) -> _Call[Model]:
     return _Call(Model, "PUT", f"/models/{model}/active", {"json": {"version": version}})
 
 
+def _train(dataset: Picture | str | dict[str, Any], key: str | None, **wanted: Any) -> _Call[Job]:
+    named = {name: value for name, value in wanted.items() if value is not None}
+    options: dict[str, Any] = {"headers": {"Idempotency-Key": key} if key else {}}
+    if isinstance(dataset, str | dict):
+        return _Call(Job, "POST", "/train", options | {"json": named | {"dataset": dataset}})
+    content = dataset if isinstance(dataset, bytes) else dataset.read_bytes()
+    parts = {name: json.dumps(value) if name == "recipe" else str(value) for name, value in named.items()}
+    files = {"dataset": ("dataset", content, "application/octet-stream")}
+    return _Call(Job, "POST", "/train", options | {"data": parts, "files": files, "timeout": UPLOAD_TIMEOUT})
+
+
+def _jobs(status: Status | None, limit: int, after: str | None) -> _Call[Jobs]:
+    named = {"status": status, "limit": limit, "after": after}
+    return _Call(Jobs, "GET", "/train", {"params": {key: value for key, value in named.items() if value is not None}})
+
+
+def _job(job: str) -> _Call[Job]:
+    return _Call(Job, "GET", f"/train/{job}")
+
+
+def _events(job: str, after: int, limit: int) -> _Call[Events]:
+    return _Call(Events, "GET", f"/train/{job}/events", {"params": {"after": after, "limit": limit}})
+
+
+def _ask(job: str, what: str) -> _Call[Job]:
+    return _Call(Job, "POST", f"/train/{job}/{what}")
+
+
 def _info() -> _Call[Info]:
     return _Call(Info, "GET", "/info")
 
@@ -85,6 +119,11 @@ def _read(call: _Call[Reply], response: httpx.Response) -> Reply:
         response.raise_for_status()  # not ours: a proxy's answer
     wait = response.headers.get("retry-after")
     raise ProblemError(Problem.model_validate_json(response.content), float(wait) if wait else None)
+
+
+def _check_patience(job: Job, end: float | None) -> None:
+    if end is not None and time.monotonic() > end:
+        raise TimeoutError(f"{job.id} is still {job.status}")
 
 
 class Client:
@@ -125,6 +164,50 @@ class Client:
     def activate(self, model: str, version: str) -> Model:
         """Promote a version, or roll back to one."""
         return self._send(_activate(model, version))
+
+    def train(
+        self,
+        dataset: Picture | str | dict[str, Any],
+        *,
+        model: str,
+        version: str | None = None,
+        name: str | None = None,
+        recipe: dict[str, Any] | None = None,
+        seed: int | None = None,
+        promote: Promote | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Start a job, on an archive (bytes or a path), an uploaded set's id, or {"builtin": …, "limit": …}."""
+        wanted = {"version": version, "name": name, "recipe": recipe, "seed": seed, "promote": promote}
+        return self._send(_train(dataset, idempotency_key, model=model, **wanted))
+
+    def jobs(self, *, status: Status | None = None, limit: int = 20, after: str | None = None) -> list[Job]:
+        """Newest first; with `after` set to the last one's id, the next page."""
+        return self._send(_jobs(status, limit, after)).jobs
+
+    def job(self, job: str) -> Job:
+        return self._send(_job(job))
+
+    def events(self, job: str, *, after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
+        """What a run has told since the event with the id `after`."""
+        return self._send(_events(job, after, limit)).events
+
+    def cancel(self, job: str) -> Job:
+        return self._send(_ask(job, "cancel"))
+
+    def pause(self, job: str) -> Job:
+        return self._send(_ask(job, "pause"))
+
+    def resume(self, job: str) -> Job:
+        return self._send(_ask(job, "resume"))
+
+    def wait(self, job: str, *, timeout: float | None = None) -> Job:
+        """Return once a job is over. Raises TimeoutError where that takes more than `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while (found := self.job(job)).status not in TERMINAL:
+            _check_patience(found, end)
+            time.sleep(POLL_SECONDS)
+        return found
 
     def info(self) -> Info:
         return self._send(_info())
@@ -171,6 +254,50 @@ class AsyncClient:
     async def activate(self, model: str, version: str) -> Model:
         """Promote a version, or roll back to one."""
         return await self._send(_activate(model, version))
+
+    async def train(
+        self,
+        dataset: Picture | str | dict[str, Any],
+        *,
+        model: str,
+        version: str | None = None,
+        name: str | None = None,
+        recipe: dict[str, Any] | None = None,
+        seed: int | None = None,
+        promote: Promote | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Start a job, on an archive (bytes or a path), an uploaded set's id, or {"builtin": …, "limit": …}."""
+        wanted = {"version": version, "name": name, "recipe": recipe, "seed": seed, "promote": promote}
+        return await self._send(_train(dataset, idempotency_key, model=model, **wanted))
+
+    async def jobs(self, *, status: Status | None = None, limit: int = 20, after: str | None = None) -> list[Job]:
+        """Newest first; with `after` set to the last one's id, the next page."""
+        return (await self._send(_jobs(status, limit, after))).jobs
+
+    async def job(self, job: str) -> Job:
+        return await self._send(_job(job))
+
+    async def events(self, job: str, *, after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
+        """What a run has told since the event with the id `after`."""
+        return (await self._send(_events(job, after, limit))).events
+
+    async def cancel(self, job: str) -> Job:
+        return await self._send(_ask(job, "cancel"))
+
+    async def pause(self, job: str) -> Job:
+        return await self._send(_ask(job, "pause"))
+
+    async def resume(self, job: str) -> Job:
+        return await self._send(_ask(job, "resume"))
+
+    async def wait(self, job: str, *, timeout: float | None = None) -> Job:
+        """Return once a job is over. Raises TimeoutError where that takes more than `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while (found := await self.job(job)).status not in TERMINAL:
+            _check_patience(found, end)
+            await asyncio.sleep(POLL_SECONDS)
+        return found
 
     async def info(self) -> Info:
         return await self._send(_info())

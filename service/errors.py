@@ -19,6 +19,16 @@
   + InferenceFailed        the model itself failed on this picture
   + ClientGone             nobody waits for the answer any more
   + NotReady               no model can answer yet or at all, or the service is stopping
+  + JobNotFound            no such job
+  + JobStateConflict       what is asked of a job isn't possible in the state that it is in
+  + JobFileNotFound        a file of a job that isn't there: not yet, or with another service
+  + JobsFull               no more jobs may wait
+  + NameTaken              the name is that of a model with other classes
+  + KeyInvalid             an Idempotency-Key that can't be one
+  + KeyReused              an Idempotency-Key that came with another request before
+  + KeyInUse               the first request with this Idempotency-Key is still being answered
+  + DatabaseUnavailable    the database of jobs can't be reached
+  + StateUnwritable        the state folder can't be written
 """
 
 from training import SafelightError
@@ -101,4 +111,44 @@ class ClientGone(ServiceError):
 
 
 class NotReady(ServiceError):
+    pass
+
+
+class JobNotFound(ServiceError):
+    pass
+
+
+class JobStateConflict(ServiceError):
+    pass
+
+
+class JobFileNotFound(ServiceError):
+    pass
+
+
+class JobsFull(ServiceError):
+    pass
+
+
+class NameTaken(ServiceError):
+    pass
+
+
+class KeyInvalid(ServiceError):
+    pass
+
+
+class KeyReused(ServiceError):
+    pass
+
+
+class KeyInUse(ServiceError):
+    pass
+
+
+class DatabaseUnavailable(ServiceError):
+    pass
+
+
+class StateUnwritable(ServiceError):
     pass

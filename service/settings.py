@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     artifacts: Path = Field(
         Path("artifacts"), description="Folder of models; new versions are picked up while running."
     )
-    state: Path = Field(Path("state"), description="Folder for what the service itself keeps; nothing yet.")
+    state: Path = Field(
+        Path("state"), description="Folder for what the service itself keeps: jobs, their runs, data sets."
+    )
     data: Path | None = Field(None, description="Folder with MNIST and CIFAR-10; only training reads it.")
     device: str = Field("auto", description="auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu.")
     default_model: ModelName = Field("mnist", description="The model that answers when a request names none.")
@@ -63,6 +65,20 @@ class Settings(BaseSettings):
     loaded_versions: int = Field(
         8, ge=1, description="Versions kept in memory beside the active ones, those used last; others load on demand."
     )
+    database_url: str | None = Field(
+        None,
+        description="Where jobs are kept, as postgresql://user:password@host/name; an SQLite file in the state folder.",
+    )
+    concurrent_jobs: int = Field(
+        1, ge=0, le=64, description="Fine-tuning jobs that run at once; 0: this service only queues them."
+    )
+    queued_jobs: int = Field(100, ge=1, description="Jobs that may wait; beyond that, 429.")
+    job_seconds: float = Field(21_600.0, gt=0, description="A job that takes longer fails; pauses don't count.")
+    job_memory_bytes: int = Field(0, ge=0, description="Memory that a job may take; 0: as much as there is.")
+    keep_checkpoints: float = Field(
+        7.0, ge=0, description="Days that a failed job's checkpoint is kept; that of any other goes when it is over."
+    )
+    keep_jobs: float = Field(90.0, ge=0, description="Days that a job that is over can still be read.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
     )

@@ -32,6 +32,13 @@ STAGE_SECONDS = Histogram(
     ["stage", "model", "version"],
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
+JOBS = Gauge("safelight_jobs", "Fine-tuning jobs by their state.", ["status"], multiprocess_mode="livemostrecent")
+JOB_SECONDS = Histogram(
+    "safelight_job_seconds",
+    "Time that the processes of a job took, once it is over.",
+    ["status"],
+    buckets=(1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600),
+)
 
 
 def exposition() -> bytes:

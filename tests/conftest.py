@@ -50,8 +50,8 @@ def artifacts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(artifacts: Path) -> Settings:
-    return Settings(artifacts=artifacts, default_model="greys", rescan_seconds=0.1)
+def settings(artifacts: Path, tmp_path: Path) -> Settings:
+    return Settings(artifacts=artifacts, state=tmp_path / "state", default_model="greys", rescan_seconds=0.1)
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ ALLOWED = {
     "training.drawings": {"training.bundle"},
     "training.optimizers": {"training.recipes"},
     "training.calibrate": {"training.bundle"},
+    "training.significance": set(),
+    "training.gate": {"training.significance"},
     "training.evaluate": {"training.bundle", "training.calibrate"},
     "training.checkpoint": {"training", "training.bundle", "training.networks"},
     "training.loop": {
@@ -42,16 +44,18 @@ ALLOWED = {
     "service.lifecycle": set(),
     "service.settings": {"training", "training.bundle"},
     "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle"},
+    "service.jobs": {"service.errors", "service.telemetry", "training", "training.bundle", "training.events"},
     "service.api": {
         "service.errors",
         "service.telemetry",
         "service.lifecycle",
         "service.settings",
         "service.inference",
+        "service.jobs",
         "training",
         "training.bundle",
     },
-    "service.client": {"service.api"},
+    "service.client": {"service.api", "service.jobs"},
     "service.app": {"service", "training", "training.devices"},
     "service.__main__": {"service", "training", "training.devices"},
 }
@@ -63,6 +67,7 @@ THIRD_PARTY_ONLY_IN = {
     "torchvision": ("training/datasets.py",),
     "matplotlib": ("training/report.py",),
     "typer": ("training/__main__.py",),
+    "sqlalchemy": ("service/jobs/tables.py", "service/jobs/store.py"),
     "openvino": ("service/inference/engine.py",),
 }
 

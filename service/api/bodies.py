@@ -2,7 +2,8 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.api.schemas import Base64Images
-from service.errors import InvalidBase64, MalformedBody, NoImages, TooManyImages, UnsupportedBody
+from service.errors import InvalidBase64, MalformedBody, NoImages, ServiceError, TooManyImages, UnsupportedBody
 from service.inference.predictor import Picture
 
 THREAD_FROM = 100_000  # bytes of JSON; less is read faster than a thread is found for it
@@ -23,33 +24,45 @@ async def read_pictures(request: Request, max_images: int) -> list[Picture]:
 
     Raises NoImages, TooManyImages, MalformedBody, UnsupportedBody, and BodyTooLarge while the body streams in.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == "multipart/form-data":
+    kind = media_type(request)
+    if kind == "multipart/form-data":
         return await _from_multipart(request, max_images)
-    if media_type == "application/json":
+    if kind == "application/json":
         body = await request.body()
         if len(body) < THREAD_FROM:
             return _from_json(body, max_images)
         return await asyncio.to_thread(_from_json, body, max_images)
-    if media_type.startswith("image/") or media_type in ("", "application/octet-stream"):
+    if kind.startswith("image/") or kind in ("", "application/octet-stream"):
         return [_not_empty(await request.body())]
-    hint = " (with curl --data-binary, add -H 'Content-Type: image/png')" if "urlencoded" in media_type else ""
-    raise UnsupportedBody(f"content type {media_type} isn't read here{hint}; send {FORMS}")
+    hint = " (with curl --data-binary, add -H 'Content-Type: image/png')" if "urlencoded" in kind else ""
+    raise UnsupportedBody(f"content type {kind} isn't read here{hint}; send {FORMS}")
+
+
+def media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _from_multipart(request: Request, max_images: int) -> list[Picture]:
+    hint = "send each picture as a part named `file`"
+    async with form(request, max_images, hint=hint, too_many=_too_many(max_images)) as parts:
+        return [await upload.read() for upload in _uploads(parts)]
+
+
+@asynccontextmanager
+async def form(request: Request, max_files: int, *, hint: str, too_many: ServiceError) -> AsyncIterator[FormData]:
+    """The parts of a multipart body, their files closed in the end. Raises MalformedBody, and `too_many` of them."""
     try:
-        form = await _MultiPart(request, max_images).parse()
+        parts = await _MultiPart(request, max_files).parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise _too_many(max_images) from error
-        raise _not_multipart(error.message) from error
+            raise too_many from error
+        raise MalformedBody(f"the multipart body can't be read: {error.message}; {hint}") from error
     except UnicodeError as error:  # of a charset that no text is in, as `undefined`
-        raise _not_multipart("its charset holds no text") from error
+        raise MalformedBody(f"the multipart body can't be read: its charset holds no text; {hint}") from error
     try:
-        return [await upload.read() for upload in _uploads(form)]
+        yield parts
     finally:
-        await form.close()
+        await parts.close()
 
 
 class _MultiPart(MultiPartParser):
@@ -67,10 +80,6 @@ class _MultiPart(MultiPartParser):
             yield chunk
         if not self._ended:
             raise MultiPartException("its closing boundary is missing")
-
-
-def _not_multipart(reason: str) -> MalformedBody:
-    return MalformedBody(f"the multipart body can't be read: {reason}; send each picture as a part named `file`")
 
 
 def _uploads(form: FormData) -> list[UploadFile]:

@@ -1,15 +1,17 @@
 """Whether the service lives, whether it wants requests, what it counts, what it is."""
 
+import asyncio
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Response
 
 from service import errors
 from service.api import problems
-from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
+from service.api.dependencies import JobsDep, LifecycleDep, RegistryDep, SettingsDep
 from service.api.schemas import Health, Info
-from service.telemetry import exposition
+from service.telemetry import JOBS, exposition
 from training import __version__
 
 router = APIRouter()
@@ -37,8 +39,11 @@ async def ready(registry: RegistryDep, lifecycle: LifecycleDep) -> Health:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics() -> Response:
+async def metrics(jobs: JobsDep) -> Response:
     """Prometheus metrics, of all workers."""
+    with suppress(errors.DatabaseUnavailable):
+        for status, count in (await asyncio.to_thread(jobs.counts)).items():
+            JOBS.labels(status).set(count)
     return Response(exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

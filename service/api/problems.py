@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service import errors
+from service.jobs.datasets import DatasetNotFound
 from service.telemetry import ERRORS
 from training import SafelightError
-from training.bundle import images, store
+from training.bundle import images, store, tuning
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -47,6 +48,17 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.InferenceFailed: Kind(500, "inference_failed", "The model failed"),
     errors.ClientGone: Kind(499, "client_gone", "The client went away"),
     errors.NotReady: Kind(503, "not_ready", "Not ready"),
+    DatasetNotFound: Kind(404, "dataset_not_found", "No such data set"),
+    errors.JobNotFound: Kind(404, "job_not_found", "No such job"),
+    errors.JobFileNotFound: Kind(404, "job_file_not_found", "The job has no such file here"),
+    errors.JobStateConflict: Kind(409, "job_state_conflict", "Not possible in the state that the job is in"),
+    errors.JobsFull: Kind(429, "jobs_full", "No more jobs may wait"),
+    errors.NameTaken: Kind(409, "name_taken", "The name is that of a model with other classes"),
+    errors.KeyInvalid: Kind(422, "idempotency_key_invalid", "Not a possible Idempotency-Key"),
+    errors.KeyReused: Kind(422, "idempotency_key_reused", "The Idempotency-Key came with another request before"),
+    errors.KeyInUse: Kind(409, "idempotency_key_in_use", "The first request with this key is still being answered"),
+    errors.DatabaseUnavailable: Kind(503, "database_unavailable", "The database of jobs can't be reached"),
+    tuning.TuningInvalid: Kind(422, "recipe_invalid", "Not a setting of fine-tuning, or out of its range"),
 }
 
 INTERNAL = Kind(500, "internal_error", "Something went wrong here")
@@ -89,6 +101,8 @@ async def on_safelight_error(request: Request, error: Exception) -> JSONResponse
     headers = {}
     if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, errors.JobsFull | errors.KeyInUse | errors.DatabaseUnavailable):
+        headers["Retry-After"] = "5"
     if isinstance(error, errors.BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is not read
     return reply(request, kind_of(error), str(error), headers, **error.facts)

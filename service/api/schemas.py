@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.jobs.job import Dataset, Job, Promote
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
 
@@ -110,3 +111,36 @@ class Info(BaseModel):
     workers: int
     limits: dict[str, float]
     engines: list[dict[str, Any]] = Field(description="each loaded version's way to run, and what was timed")
+
+
+class TrainSettings(BaseModel):
+    """What to fine-tune, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="the base")
+    version: str | None = Field(None, description="of the base; the active one if left out")
+    name: str | None = Field(None, description="the model that the result becomes a version of; the base's if left out")
+    recipe: dict[str, Any] = Field({}, description="settings of fine-tuning that are to differ from their defaults")
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    promote: Promote = Field("if_better", description="when the new version is to answer")
+
+
+class TrainRequest(TrainSettings):
+    """And on what. In a form `dataset` may be the archive itself, and `recipe` is JSON."""
+
+    dataset: Dataset
+
+
+class Jobs(BaseModel):
+    """Newest first; with `after` set to the last one's id, the next page."""
+
+    jobs: list[Job]
+    has_more: bool
+
+
+class Events(BaseModel):
+    """In their order, each with its `id` and what `training/events.py` says; `after` the last id, the next page."""
+
+    events: list[dict[str, Any]]
+    has_more: bool

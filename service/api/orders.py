@@ -1,0 +1,144 @@
+"""A request to fine-tune, from its body to an order: read, checked at the door, and settled in full."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from service.api.bodies import form, media_type
+from service.api.schemas import TrainRequest, TrainSettings
+from service.errors import MalformedBody, NameTaken, UnsupportedBody
+from service.inference.registry import Registry
+from service.jobs.datasets import DatasetNotFound, DatasetStore
+from service.jobs.job import Builtin, Dataset, Order
+from service.settings import Settings
+from training.bundle import store
+from training.bundle.tuning import Tuning
+
+Body = TypeVar("Body", bound=TrainSettings)
+
+CHUNK_BYTES = 2**20
+HINT = "send one archive as a part named `dataset`, and `model`, `name` … as parts beside it"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says; a form may hold an archive in place of a data set that is here already."""
+
+    settings: TrainSettings
+    dataset: Dataset | UploadFile
+
+    async def fingerprint(self) -> str:
+        """Equal for requests that ask for the same."""
+        digest = hashlib.sha256(json.dumps(self.settings.model_dump(mode="json"), sort_keys=True).encode())
+        if isinstance(self.dataset, UploadFile):
+            async for chunk in _chunks(self.dataset):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+@asynccontextmanager
+async def read(request: Request) -> AsyncIterator[Asked]:
+    """Raises UnsupportedBody, MalformedBody, RequestValidationError, and BodyTooLarge while the body streams in."""
+    kind = media_type(request)
+    if kind == "application/json":
+        asked = _checked(TrainRequest, await request.body())
+        yield Asked(asked, asked.dataset)
+    elif kind == "multipart/form-data":
+        too_many = MalformedBody(f"more than one file in the form; {HINT}")
+        async with form(request, 1, hint=HINT, too_many=too_many) as parts:
+            yield _from_form(parts)
+    else:
+        forms = "application/json, or multipart/form-data with the archive as its part `dataset`"
+        raise UnsupportedBody(f"content type {kind or 'none'} isn't read here; send {forms}")
+
+
+def _from_form(parts: FormData) -> Asked:
+    values: dict[str, object] = dict(parts)
+    if isinstance(recipe := values.get("recipe"), str):
+        with suppress(ValueError):  # what isn't JSON isn't a dictionary either, and is refused as that
+            values["recipe"] = json.loads(recipe)
+    if isinstance(upload := values.get("dataset"), UploadFile):
+        del values["dataset"]
+        return Asked(_checked(TrainSettings, values), upload)
+    asked = _checked(TrainRequest, values)
+    return Asked(asked, asked.dataset)
+
+
+def _checked(kind: type[Body], content: bytes | dict[str, object]) -> Body:
+    try:
+        return kind.model_validate(content) if isinstance(content, dict) else kind.model_validate_json(content)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        raise RequestValidationError([item | {"loc": ("body", *item["loc"])} for item in found]) from error
+
+
+async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings) -> Order:
+    """Name the base's version, and take in the data. Raises what is wrong with any of it, the quick checks first."""
+    wanted = asked.settings
+    base = registry.entry(wanted.model, wanted.version)
+    name = wanted.model if wanted.name is None else wanted.name
+    store.check_model_name(name)
+    tuning = Tuning.parse(wanted.recipe)
+    dataset, classes = await _data(asked.dataset, str(base.ref), datasets, settings)
+    if classes and tuning.keep_classes and base.manifest:
+        classes |= set(base.manifest.classes)
+    _check_classes(registry, name, classes)
+    return Order(
+        model=base.ref.model,
+        version=base.ref.version,
+        name=name,
+        dataset=dataset,
+        seed=wanted.seed,
+        promote=wanted.promote,
+        recipe=wanted.recipe,
+    )
+
+
+async def _data(
+    dataset: Dataset | UploadFile, base: str, datasets: DatasetStore, settings: Settings
+) -> tuple[Dataset, set[str]]:
+    """The data set as a job names it, and its classes, as far as they are known."""
+    if isinstance(dataset, Builtin):
+        if settings.data is None:
+            name = dataset.builtin
+            raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
+        return dataset, set()
+    if isinstance(dataset, UploadFile):
+        record = await datasets.receive(_chunks(dataset), model=base)
+    else:
+        record = await asyncio.to_thread(datasets.get, dataset)
+    return record.id, set(record.classes)
+
+
+def _check_classes(registry: Registry, name: str, classes: set[str]) -> None:
+    """A model keeps its classes from version to version. Raises NameTaken."""
+    line = registry.lines.get(name)
+    entry = line.entries.get(line.active or "") if line else None
+    if not classes or entry is None or entry.manifest is None:
+        return
+    if {label.casefold() for label in entry.manifest.classes} != {label.casefold() for label in classes}:
+        raise NameTaken(
+            f"model {name} has the classes {_listed(entry.manifest.classes)}; the new version would have "
+            f"{_listed(sorted(classes))}: give it another `name`"
+        )
+
+
+def _listed(labels: tuple[str, ...] | list[str]) -> str:
+    shown = ", ".join(label[:40] for label in labels[:10])
+    return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+
+
+async def _chunks(upload: UploadFile) -> AsyncIterator[bytes]:
+    """The file, from its beginning."""
+    await upload.seek(0)
+    while chunk := await upload.read(CHUNK_BYTES):
+        yield chunk

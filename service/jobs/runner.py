@@ -1,0 +1,279 @@
+"""Does the jobs: takes one at a time from the database, starts a process for it, and writes down what comes of it.
+
+Of all the processes that share a state folder one is the runner: whoever holds the lock. When it dies another takes
+over, and finds in the run folders how far each job has come.
+"""
+
+import asyncio
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from service.errors import DatabaseUnavailable, ServiceError
+from service.jobs.child import LOG, end_leftover
+from service.jobs.history import EVENTS
+from service.jobs.job import AT_WORK, TERMINAL, Builtin, Job, Status, Wish
+from service.jobs.sitting import Ending, Sitting, failure, read_all, told
+from service.jobs.store import Due, JobMoved, JobStore
+from service.telemetry import JOB_SECONDS, logger
+from training import events
+
+POLL_SECONDS = 0.5  # between looks at what other processes asked for
+SWEEP_SECONDS = 3600.0  # between looks for jobs that are too old to keep
+LOCK = "runner.lock"
+
+RUN = "run.json"
+CURVE = "learning-curve.png"
+KEPT = frozenset({RUN, EVENTS, LOG, CURVE})  # of a job that is over
+
+DISK_FULL = "the disk of the state folder is full; free some of it, then start the job again"
+
+SETTLED: dict[Wish, Status] = {"pause": "paused", "cancel": "cancelled"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where things are, and what a job may take; from the settings."""
+
+    command: Sequence[str]  # python -m training
+    artifacts: Path
+    data: Path | None
+    device: str
+    memory_bytes: int  # 0: as much as there is
+    job_seconds: float
+    grace_seconds: float  # from SIGTERM to SIGKILL
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """For how many days what is left of jobs is kept."""
+
+    checkpoints: float  # of those that failed
+    jobs: float
+
+
+class Runner:
+    def __init__(
+        self,
+        jobs: JobStore,
+        folder: Path,
+        machine: Machine,
+        *,
+        slots: int,
+        keeping: Keeping,
+        dataset_path: Callable[[str], Path],
+        published: Callable[[str, str], Awaitable[None]],
+    ) -> None:
+        """`published` is told of each new version, and has done what is needed for it to answer when it returns."""
+        self._jobs = jobs
+        self._folder = folder
+        self._machine = machine
+        self._slots = slots
+        self._keeping = keeping
+        self._dataset_path = dataset_path
+        self._published = published
+        self._sittings: dict[str, Sitting] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._awake = asyncio.Event()
+        self._stopping = False
+        self._swept = -SWEEP_SECONDS
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[Self]:
+        """Work in the background, as soon as no other process does; at the end jobs go back to the queue."""
+        work = asyncio.create_task(self._work(), name="runner")
+        try:
+            yield self
+        finally:
+            self._stopping = True
+            self.wake()
+            await work
+
+    def wake(self) -> None:
+        """There is something new to do."""
+        self._awake.set()
+
+    def folder(self, job_id: str) -> Path:
+        return self._folder / job_id
+
+    # --- the loop ---
+
+    async def _work(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._folder.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            while not self._stopping and not _lock(descriptor):
+                await self._sleep()
+            while not self._stopping:
+                await self._look()
+                await self._sleep()
+            for sitting in self._sittings.values():
+                sitting.stop()
+            await asyncio.gather(*list(self._tasks.values()))
+        finally:
+            os.close(descriptor)  # and the lock is free
+
+    async def _sleep(self) -> None:
+        try:
+            async with asyncio.timeout(POLL_SECONDS):
+                await self._awake.wait()
+        except TimeoutError:
+            return
+        self._awake.clear()
+
+    async def _look(self) -> None:
+        try:
+            for due in await asyncio.to_thread(self._jobs.due):
+                await self._attend_to(due)
+            await self._clear_away()
+        except DatabaseUnavailable as error:
+            logger.warning("jobs stand still", extra={"reason": str(error)})
+        except Exception:  # whatever it was, the next look is due
+            logger.exception("looking for jobs failed")
+
+    async def _attend_to(self, due: Due) -> None:
+        if due.id in self._tasks:
+            if due.wanted and due.id in self._sittings:
+                self._sittings[due.id].stop()
+        elif due.status in AT_WORK:  # for a process that is no more, or of a service that is no more
+            self._start(due.id, self._recover(due.id))
+        elif due.wanted:  # asked for just before its process was lost
+            self._start(due.id, self._fulfil(due.id, due.wanted))
+        elif len(self._tasks) < self._slots:
+            self._start(due.id, self._do(due.id))
+
+    def _start(self, job_id: str, work: Coroutine[None, None, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except DatabaseUnavailable as error:
+                logger.warning("job left as it is", extra={"job": job_id, "reason": str(error)})
+            except JobMoved:
+                pass  # a client was faster; the next look finds it as it is now
+            except Exception:
+                logger.exception("job left as it is", extra={"job": job_id})
+            finally:
+                del self._tasks[job_id]
+                self.wake()
+
+        self._tasks[job_id] = asyncio.create_task(guarded(), name=job_id)
+
+    # --- one job ---
+
+    async def _do(self, job_id: str) -> None:
+        """Start a process for a job that waits, or for what is left of it, and see it to its end."""
+        job = await asyncio.to_thread(self._jobs.get, job_id)
+        job = await asyncio.to_thread(self._jobs.move, job, "validating")
+        left = self._machine.job_seconds - job.seconds
+        folder = self.folder(job_id)
+        sitting = Sitting(self._jobs, job, folder, allowed_seconds=left, grace_seconds=self._machine.grace_seconds)
+        self._sittings[job_id] = sitting
+        if self._stopping:
+            sitting.stop()
+        try:
+            folder.mkdir(exist_ok=True)
+            code = await sitting.run(self._command(job, folder, left))
+            asked = await asyncio.to_thread(self._jobs.get, job_id)  # what was asked for meanwhile
+            ending = sitting.ending(asked, code)
+        except ServiceError as error:
+            ending = failure(events.code_of(error), str(error))
+        except OSError as error:
+            logger.warning("no training process", extra={"job": job_id, "reason": str(error)})
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            ending = failure("disk_full", DISK_FULL) if is_full else sitting.ending(job, None)
+        finally:
+            del self._sittings[job_id]
+        await self._settle(sitting.job, ending)
+
+    def _command(self, job: Job, folder: Path, seconds: float) -> list[str]:
+        """The very command that a person would type."""
+        if (folder / RUN).exists():
+            words = ["--resume", str(folder)]
+        else:
+            words = [f"{job.model}@{job.version}", "--name", job.name, "--run", str(folder)]
+            words += ["--seed", str(job.seed), "--promote", job.promote, *self._dataset(job)]
+            words += [word for key, value in job.recipe.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        machine = self._machine
+        words += ["--artifacts", str(machine.artifacts), "--device", machine.device]
+        words += ["--data", str(machine.data)] if machine.data else []
+        words += ["--memory-bytes", str(machine.memory_bytes)] if machine.memory_bytes else []
+        words += ["--deadline-seconds", f"{max(0.0, seconds):.1f}", "--guest", "--stop-at-eof"]
+        return [*machine.command, "finetune", *words]
+
+    def _dataset(self, job: Job) -> list[str]:
+        """Raises DatasetNotFound."""
+        if not isinstance(job.dataset, Builtin):
+            return ["--dataset", str(self._dataset_path(job.dataset))]
+        limit = ["--limit", str(job.dataset.limit)] if job.dataset.limit else []
+        return ["--dataset", job.dataset.builtin, *limit]
+
+    async def _recover(self, job_id: str) -> None:
+        """Find how far a job has come whose process, or whose service, is no more."""
+        job = await asyncio.to_thread(self._jobs.get, job_id)
+        await end_leftover(self.folder(job_id), self._machine.grace_seconds)
+        seen = await asyncio.to_thread(read_all, self.folder(job_id))
+        await self._settle(job, told(job, seen.end) or ("queued", {}))
+
+    async def _fulfil(self, job_id: str, wish: Wish) -> None:
+        """What was asked for just before a job's process was lost."""
+        job = await asyncio.to_thread(self._jobs.get, job_id)
+        await self._settle(job, (SETTLED[wish], {}))
+
+    async def _settle(self, job: Job, ending: Ending) -> None:
+        status, changes = ending
+        if status == "succeeded":
+            if job.status == "validating":  # it was too short to be seen at work
+                job = await asyncio.to_thread(self._jobs.move, job, "running")
+            await self._publish(changes["result"])
+        job = await asyncio.to_thread(self._jobs.move, job, status, **changes)
+        if status in TERMINAL:
+            JOB_SECONDS.labels(status).observe(job.seconds)
+
+    async def _publish(self, result: dict[str, Any]) -> None:
+        try:
+            await self._published(str(result["model"]), str(result["version"]))
+        except Exception:  # the version is published; who serves it finds it later
+            logger.exception("a new version wasn't taken in", extra={"result": result.get("summary")})
+
+    # --- clearing away ---
+
+    async def _clear_away(self) -> None:
+        """Remove the checkpoints that nobody needs, and all of jobs that are too old."""
+        now = datetime.now(UTC)
+        old = now - timedelta(days=self._keeping.checkpoints)
+        for job_id in await asyncio.to_thread(self._jobs.to_clear, old):
+            await asyncio.to_thread(_clear, self.folder(job_id))
+            await asyncio.to_thread(self._jobs.cleared, job_id)
+        if time.monotonic() < self._swept + SWEEP_SECONDS:
+            return
+        self._swept = time.monotonic()
+        for job_id in await asyncio.to_thread(self._jobs.expired, now - timedelta(days=self._keeping.jobs)):
+            await asyncio.to_thread(shutil.rmtree, self.folder(job_id), ignore_errors=True)
+            await asyncio.to_thread(self._jobs.forget, job_id)
+
+
+def _clear(folder: Path) -> None:
+    """Leave what people read: events, log and curve."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in [entry for entry in entries if entry.name not in KEPT]:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                os.unlink(entry)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,202 @@
+"""One process's work at a job: followed through the events that it writes to its end, and what that end means."""
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.errors import DatabaseUnavailable
+from service.jobs import history
+from service.jobs.child import LOG, Child, out_of_memory_kills
+from service.jobs.job import Error, Job, Progress, Status
+from service.jobs.store import JobStore
+from service.telemetry import logger
+from training import events
+from training.events import Event
+
+POLL_SECONDS = 0.1  # between looks at the events
+NOTE_SECONDS = 0.5  # between notes of progress in the database
+MOST_DEATHS = 5  # in a row, without a new checkpoint
+INTERRUPTED = 130  # the exit code after SIGTERM
+
+WANT_OF_MEMORY = re.compile(rb"MemoryError|bad_alloc|[Cc]annot allocate memory|can't allocate memory|[Oo]ut of memory")
+
+Ending = tuple[Status, dict[str, Any]]  # the job's next state, and what changes with it
+
+
+@dataclass
+class Seen:
+    """What a run's events have told so far."""
+
+    training: bool = False  # its data is checked
+    checkpoint: int = -1  # the step of the last one
+    progress: Progress | None = None
+    end: events.Decided | events.Failed | None = None
+
+    def take_in(self, found: list[Event]) -> None:
+        for event in found:
+            match event:
+                case events.Progress():
+                    self.progress = _progress(event)
+                case events.Checkpointed():
+                    self.checkpoint = event.step
+                case events.Decided() | events.Failed():
+                    self.end = event
+            self.training |= not isinstance(event, events.Notice | events.Failed | events.Interrupted)
+
+
+class Sitting:
+    def __init__(self, jobs: JobStore, job: Job, folder: Path, *, allowed_seconds: float, grace_seconds: float) -> None:
+        """The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later."""
+        self.job = job
+        self.seen = Seen(checkpoint=read_all(folder).checkpoint)  # of the sittings before
+        self.asked_at: float | None = None  # to stop
+        self.overdue = False
+        self._jobs = jobs
+        self._folder = folder
+        self._grace_seconds = grace_seconds
+        self._seconds_before = job.seconds
+        self._begun = self._noted = time.monotonic()
+        self._deadline = self._begun + allowed_seconds + grace_seconds
+        self._child: Child | None = None
+        self._memory_kills = out_of_memory_kills()
+        self._tail = history.Tail(folder / history.EVENTS)
+        self._tail.read()
+
+    @property
+    def seconds(self) -> float:
+        """That processes have worked at the job, this one included."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    def stop(self) -> None:
+        """Ask the process to end; what it has done so far is kept."""
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+            if self._child:
+                self._child.terminate()
+
+    async def run(self, command: Sequence[str]) -> int:
+        """Start the process and follow it to its end: its exit code. Raises OSError where it can't be started."""
+        child = self._child = await Child.start(command, self._folder)
+        if self.asked_at is not None:
+            child.terminate()
+        try:
+            while (code := await child.exited(POLL_SECONDS)) is None:
+                await self._follow()
+                self._enforce(child, time.monotonic())
+        finally:
+            child.kill()
+        await self._follow()
+        return code
+
+    def _enforce(self, child: Child, now: float) -> None:
+        self.overdue = self.overdue or now > self._deadline
+        if self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
+            child.kill()
+
+    async def _follow(self) -> None:
+        """Take in what the process has told since; note it in the database, progress not at every step."""
+        found = history.parse(self._tail.read())
+        self.seen.take_in(found)
+        try:
+            if self.seen.training and self.job.status == "validating":
+                self.job = await asyncio.to_thread(self._jobs.move, self.job, "running")
+            if self.seen.progress and time.monotonic() > self._noted + NOTE_SECONDS:
+                self._noted = time.monotonic()
+                self.job = await asyncio.to_thread(self._jobs.note, self.job, **self._notes())
+        except DatabaseUnavailable as error:  # the process goes on; the database hears of it later
+            logger.warning("progress not noted", extra={"job": self.job.id, "reason": str(error)})
+
+    def _notes(self) -> dict[str, Any]:
+        progress = {"progress": self.seen.progress.model_dump()} if self.seen.progress else {}
+        return {"seconds": self.seconds} | progress
+
+    def ending(self, job: Job, code: int | None) -> Ending:
+        """What follows from the end of the process; `job` as it is now, with what was asked meanwhile.
+
+        `code` is None where there was no process: it couldn't be started.
+        """
+        status, changes = self._ending(job, code)
+        return status, self._notes() | changes
+
+    def _ending(self, job: Job, code: int | None) -> Ending:
+        if ending := told(job, self.seen.end):
+            return ending
+        if self.overdue:
+            return failure("deadline_passed", "the job took longer than it may (SAFELIGHT_JOB_SECONDS); " + SMALLER)
+        if code is not None and code >= 0 and code != INTERRUPTED:
+            return failure("unexpected_exit", self._last_words(code))
+        if job.wanted == "pause":
+            return "paused", {}
+        if self.asked_at is not None:
+            return "queued", {}
+        return self._death(job, code)
+
+    def _death(self, job: Job, code: int | None) -> Ending:
+        """Nobody here ended it: it goes on from its checkpoint, unless that has come to nothing too often."""
+        deaths = 1 if self.seen.checkpoint > job.died_at_step else job.deaths + 1
+        facts: dict[str, Any] = {"deaths": deaths, "died_at_step": self.seen.checkpoint}
+        logger.warning("training process died", extra=facts | {"job": job.id, "exit_code": code})
+        if deaths < MOST_DEATHS:
+            return "queued", facts
+        status, changes = self._given_up(code)
+        return status, facts | changes
+
+    def _given_up(self, code: int | None) -> Ending:
+        killed = code == -signal.SIGKILL and out_of_memory_kills() > self._memory_kills
+        if killed or WANT_OF_MEMORY.search(log_end(self._folder)):
+            reason = f"the memory didn't suffice, {MOST_DEATHS} times in a row; "
+            return failure("out_of_memory", reason + "give it more (SAFELIGHT_JOB_MEMORY_BYTES), or " + SMALLER)
+        how = f"by {signal.Signals(-code).name}" if code and code < 0 else "from outside"
+        reason = f"the training process was ended {how}, {MOST_DEATHS} times in a row, before it could get on; "
+        return failure("crashed", reason + "its log may say why; start the job again once the cause is gone")
+
+    def _last_words(self, code: int) -> str:
+        lines = log_end(self._folder).decode(errors="replace").strip().splitlines()
+        words = f": {lines[-1][:300]}" if lines else ""
+        return f"the training process ended with exit code {code} and didn't say why{words}; its log may say more"
+
+
+SMALLER = "start it again with fewer pictures or epochs"
+
+
+def read_all(folder: Path) -> Seen:
+    """What all of a run's events say."""
+    seen = Seen()
+    seen.take_in(history.parse(history.Tail(folder / history.EVENTS).read()))
+    return seen
+
+
+def told(job: Job, end: events.Decided | events.Failed | None) -> Ending | None:
+    """What follows from how a run says that it ended; None where it doesn't say, and a process may go on with it."""
+    match end:
+        case events.Decided(result=result):
+            return "succeeded", {"result": result}
+        case _ if job.wanted == "cancel":
+            return "cancelled", {}
+        case events.Failed(code=name, message=message):
+            return failure(name, message)
+    return None
+
+
+def failure(code: str, message: str) -> Ending:
+    return "failed", {"error": Error(code=code, message=message).model_dump()}
+
+
+def log_end(folder: Path, size: int = 4096) -> bytes:
+    try:
+        with (folder / LOG).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - size))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _progress(event: events.Progress) -> Progress:
+    return Progress(
+        phase="training", **{name: getattr(event, name) for name in Progress.model_fields if name != "phase"}
+    )
