@@ -102,7 +102,7 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
     try:
         keep_freed_memory()
         torch.set_num_threads(processors())
-        task = prepare(plan, folder, options, tell)
+        task = prepare(plan, options, tell)
         candidate = learn(task, folder, tell, late)
         measured, verdict = judge(task, candidate, options)
         ref = publish(task, candidate, measured, verdict, time.perf_counter() - begun, options)
@@ -138,12 +138,12 @@ def failure(error: Exception) -> events.Failed:
 # --- what there is to learn from --------------------------------------------------------------------------------------
 
 
-def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
+def prepare(plan: Plan, options: Options, tell: Emit) -> Task:
     """Check the pictures, load the base, and gather what is remembered of its data."""
     manifest = store.read_manifest(options.artifacts, plan.base)
     bundle = plan.base.path(options.artifacts)
     store.check_files(bundle, manifest)
-    pictures = load_pictures(plan, manifest, bundle, folder, options, tell)
+    pictures = load_pictures(plan, manifest, options, tell)
     classes = classes_of(plan, manifest, pictures)
     check_name(plan, classes, options)
     index = {label.casefold(): place for place, label in enumerate(classes)}
@@ -161,7 +161,7 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     )
 
 
-def load_pictures(plan: Plan, manifest: Manifest, bundle: Path, folder: Path, options: Options, tell: Emit) -> Pictures:
+def load_pictures(plan: Plan, manifest: Manifest, options: Options, tell: Emit) -> Pictures:
     """Decode what intake accepts, or some pictures of a built-in set's training part."""
     if plan.dataset in datasets.BUILT_IN:
         found = datasets.load(plan.dataset, manifest.input, options.data)

@@ -261,8 +261,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_runs_away_is_gone_back_from_twice_and_then_fails(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "LONGEST_GRADIENT", 1e30)
-    made = plan(bars(tmp_path / "bars", 120), tuning=Tuning(learning_rate=100, epochs=20))
+    monkeypatch.setattr(tune, "TRUNK_LR", 1e30)
+    made = plan(bars(tmp_path / "bars", 120), tuning=Tuning(epochs=20))
     with pytest.raises(Diverged, match="the loss is not finite at step"):
         run(tmp_path / "run", tiny, made)
     last = events_of(tmp_path / "run")[-1]
