@@ -253,8 +253,9 @@ def _guard(guard: Guard | None, margin: float) -> Check:
         return _not_asked("guard", "There is no test set of the base to guard.")
     n = len(guard.base)
     fixed, broken = _changes(guard.candidate, guard.base)
-    at_most = -significance.paired_difference(fixed, broken, n, confidence=0.9).low
-    can_tell = -significance.paired_difference(0, 0, n, confidence=0.9).low <= margin
+    interval = significance.paired_difference(fixed, broken, n, confidence=0.9)
+    at_least, at_most = -interval.high, -interval.low
+    can_tell = at_least > margin or -significance.paired_difference(0, 0, n, confidence=0.9).low <= margin
     sentence = (
         f"Of {n} test pictures of the base it fixed {fixed} and broke {broken}: {_points((broken - fixed) / n)} lost, "
         f"with 95 % confidence at most {_points(at_most)} (up to {_points(margin)} passes)."
