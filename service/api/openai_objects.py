@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from service.jobs.datasets import DatasetRecord
 from service.jobs.job import Builtin, Job, Promote, Status
 from training import events
 
@@ -119,6 +120,13 @@ class File(BaseModel):
     filename: str
     purpose: Literal["fine-tune"] = "fine-tune"
     status: Literal["processed"] = "processed"  # it was checked before it got an id
+
+    @classmethod
+    def of(cls, record: DatasetRecord) -> "File":
+        report = record.report
+        return cls(
+            id=file_id(report.id), bytes=report.bytes, created_at=_seconds(record.created_at), filename=report.name
+        )
 
 
 class FileDeleted(BaseModel):
