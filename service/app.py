@@ -18,7 +18,8 @@ from service.inference.registry import Limits, Registry
 from service.lifecycle import Lifecycle, drain_on_sigterm
 from service.settings import Settings
 from training import SafelightError, __version__
-from training.devices import choose_device, processors
+from training.devices import choose_device
+from training.processors import processors
 
 
 class State(TypedDict):
