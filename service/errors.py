@@ -4,6 +4,7 @@
   + ModelNotFound          no such model
   + VersionNotFound        no such version of a model that exists
   + VersionRefused         the version is there, but failed its verification
+  + NothingActive          a model whose versions answer only when asked for by number
   + VersionActive          an active version can't be deleted
   + ArtifactsUnwritable    a change of the artifacts folder that the system refuses
   + TopKOutOfRange         more classes asked for than the model has
@@ -46,6 +47,10 @@ class VersionNotFound(ServiceError):
 
 
 class VersionRefused(ServiceError):
+    pass
+
+
+class NothingActive(ServiceError):
     pass
 
 

@@ -22,6 +22,8 @@ ALLOWED = {
     "training.drawings": {"training.bundle"},
     "training.optimizers": {"training.recipes"},
     "training.calibrate": {"training.bundle"},
+    "training.significance": set(),
+    "training.gate": {"training.significance"},
     "training.evaluate": {"training.bundle", "training.calibrate"},
     "training.checkpoint": {"training", "training.bundle", "training.networks"},
     "training.loop": {

@@ -102,6 +102,116 @@ def train(
 
 
 @app.command()
+def finetune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL[@VERSION]", help="The base to start from; not with --resume.")
+    ] = None,
+    *,
+    dataset: Annotated[
+        str | None, typer.Option(help="A zip, tar or folder of class folders, or mnist or cifar10.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of mnist or cifar10, this many pictures.")] = None,
+    name: Annotated[str | None, typer.Option(help="The new model's name.  [default: the base's]")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the tuning.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same weights on the same machine.  [default: 0]")
+    ] = None,
+    promote: Annotated[str | None, typer.Option(help="if_better, always or never.  [default: if_better]")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run's folder.  [default: runs/NAME-TIME]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    data: Data = None,
+    artifacts: Artifacts = ARTIFACTS,
+    device: DeviceName = None,
+    guest: Annotated[bool, typer.Option("--guest", help="Run at the lowest priority.")] = False,
+    memory_bytes: Annotated[int | None, typer.Option(min=1, help="Take no more memory than this.")] = None,
+    deadline_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this time.")] = None,
+    stop_at_eof: Annotated[
+        bool, typer.Option("--stop-at-eof", help="Stop when standard input ends, as when a parent process dies.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a published model better, or a new one from it, with pictures of your own.
+
+    The new version is tested on pictures that it wasn't trained on, against the version that answers now, and becomes
+    the active one only if it is better.
+
+    Examples:
+
+        safelight finetune cifar10 --dataset pets.zip --name pets
+
+        safelight finetune mnist --dataset our-digits/ --promote never
+    """
+    from training import finetune as finetuning
+    from training import guest as guests
+    from training.bundle.tuning import Tuning
+    from training.datasets import find_source
+    from training.task import Plan
+
+    if guest:
+        guests.yield_to_others()
+    if memory_bytes is not None:
+        guests.limit_memory(memory_bytes)
+    if (model is None) == (resume is None):
+        raise typer.BadParameter("name a model, or a run to --resume; one of the two")
+    if promote not in (None, "if_better", "always", "never"):
+        raise typer.BadParameter(f"--promote is if_better, always or never, not {promote}")
+    if resume is not None:
+        folder = resume
+    else:
+        if dataset is None:
+            raise typer.BadParameter("say what to learn from with --dataset")
+        base = _ref(artifacts, model or "")
+        plan = Plan.model_validate(
+            {
+                "model": base.model,
+                "version": base.version,
+                "dataset": find_source(dataset),
+                "limit": limit,
+                "name": name or base.model,
+                "tuning": Tuning.from_words(settings or []),
+                "seed": seed or 0,
+                "promote": promote or "if_better",
+            }
+        )
+        folder = run or Path("runs") / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
+        finetuning.create(folder, plan)
+    options = finetuning.Options(artifacts, data, device, deadline_seconds)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if stop_at_eof:
+        guests.stop_at_eof()
+    _finetune(folder, options, as_json)
+
+
+def _finetune(folder: Path, options: Any, as_json: bool) -> None:
+    from training import finetune as finetuning
+    from training import guest, loop, tune
+    from training.display import Display
+
+    try:
+        with Display(err) as display, guest.alone_in(folder):
+
+            def emit(event: Any) -> None:
+                display(event)
+                if as_json:
+                    print(event.model_dump_json(), flush=True)
+
+            result = finetuning.execute(folder, options, emit)
+    except (loop.Interrupted, KeyboardInterrupt):
+        _say(f"stopped. Go on with:\n  {_go_on('finetune', folder, options)}")
+        raise typer.Exit(130) from None
+    except (loop.Diverged, tune.DeadlinePassed, MemoryError, RuntimeError) as error:
+        _say(f"[red]error:[/red] {escape(finetuning.failure(error).message)}")
+        raise typer.Exit(3) from None
+    _say(escape(result["summary"]))
+    ref = f"{result['model']}@{result['version']}"
+    _say(f"published [b]{ref}[/b]{' (active)' if result['promoted'] else ''}")
+    if not result["promoted"]:
+        _say(f"let it answer all the same with:\n  safelight models activate {ref}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     *,
@@ -138,10 +248,10 @@ def _execute(folder: Path, options: Any, *, resume: bool, publish: bool, as_json
 
             published = runs.execute(folder, options, emit, resume=resume, publish=publish)
     except loop.Interrupted as stop:
-        _say(f"{stop}; a checkpoint is kept. Go on with:\n  {_go_on(folder, options, publish)}")
+        _say(f"{stop}; a checkpoint is kept. Go on with:\n  {_go_on('train', folder, options, publish)}")
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
-        _say(f"stopped. Go on with:\n  {_go_on(folder, options, publish)}")
+        _say(f"stopped. Go on with:\n  {_go_on('train', folder, options, publish)}")
         raise typer.Exit(130) from None
     except loop.Diverged as error:
         _say(f"[red]error:[/red] {escape(str(error))}")
@@ -362,13 +472,13 @@ def verify(
         raise typer.Exit(1)
 
 
-def _go_on(folder: Path, options: Any, publish: bool) -> str:
+def _go_on(command: str, folder: Path, options: Any, publish: bool = True) -> str:
     """The command that goes on with a run, with the options that it doesn't remember by itself."""
-    words = ["safelight", "train", "--resume", str(folder)]
+    words = ["safelight", command, "--resume", str(folder)]
     words += ["--data", str(options.data)] if options.data else []
     words += ["--artifacts", str(options.artifacts)] if options.artifacts != ARTIFACTS else []
     words += ["--device", options.device] if options.device else []
-    words += ["--activate"] if options.activate else []
+    words += ["--activate"] if getattr(options, "activate", False) else []
     words += [] if publish else ["--no-publish"]
     return escape(shlex.join(words))
 

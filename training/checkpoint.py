@@ -4,6 +4,7 @@ A checkpoint is written beside its place and renamed. Only finite weights are ev
 the last good state.
 """
 
+import hashlib
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class State:
     right: int = 0
     seen: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
+    attempt: int = 0  # of fine-tuning: how often it went back to here with smaller steps
 
 
 def save(path: Path, state: State, network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -108,10 +110,19 @@ def all_finite(network: nn.Module) -> bool:
 
 
 def save_weights(path: Path, network: nn.Module) -> None:
+    path.write_bytes(_serialized(network))  # and not save_file, which lets nobody else read the file
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """The digest of the file that `save_weights` would write."""
+    return hashlib.sha256(_serialized(network)).hexdigest()
+
+
+def _serialized(network: nn.Module) -> bytes:
     tensors: dict[str, Tensor] = {
         name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()
     }
-    path.write_bytes(serialize(tensors))  # and not save_file, which lets nobody else read the file
+    return serialize(tensors)
 
 
 def load_network(folder: Path, manifest: Manifest) -> ConvNet:

@@ -5,11 +5,12 @@ One of the two places that know `torch.jit`.
 
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,17 @@ from training.bundle.manifest import (
     MODULE,
     Calibration,
     DatasetFacts,
+    InputSpec,
     Manifest,
     Metrics,
     NetworkSpec,
     OutOfDistribution,
+    Parent,
     RecipeSpec,
     Score,
     TrainingFacts,
 )
+from training.bundle.replay import REPLAY, Replay, write_replay
 from training.bundle.store import BundleRef
 from training.calibrate import fit_ood, fit_temperature
 from training.checkpoint import load_network, save_weights
@@ -40,6 +44,7 @@ from training.evaluate import confusion, infer, metrics
 from training.loop import Trained
 from training.networks import ConvNet, macs, parameters
 from training.recipes import Recipe
+from training.report import History
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 OOD_SCORE: Score = "energy"
@@ -59,74 +64,116 @@ class Measured:
     confusion: Tensor  # [K, K]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a bundle is and where it comes from: what of the manifest isn't measured or counted."""
+
+    model: str
+    classes: tuple[str, ...]
+    input: InputSpec
+    network: str
+    arguments: dict[str, Any]
+    recipe: RecipeSpec
+    training: TrainingFacts
+    parent: Parent | None = None
+
+
 def measure(trained: Trained, dataset: Dataset, recipe: Recipe) -> Measured:
     """Calibrate on the hold-out, then read the test set: once, here, for the report."""
     held_logits = infer(trained.network, trained.held.images, trained.device)
-    calibration = fit_temperature(held_logits, trained.held.labels)
-    ood = fit_ood(held_logits, OOD_SCORE, calibration.temperature)
     logits = infer(trained.network, dataset.test.images, trained.device)
     logits_tta = (
         None if recipe.views == "none" else infer(trained.network, dataset.test.images, trained.device, recipe.views)
     )
-    figures = metrics(logits, dataset.test.labels, dataset.classes, calibration.temperature, logits_tta)
-    return Measured(calibration, ood, figures, confusion(logits, dataset.test.labels))
+    return assess(held_logits, trained.held.labels, logits, dataset.test.labels, dataset.classes, logits_tta)
+
+
+def assess(
+    held_logits: Tensor,
+    held_labels: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    logits_tta: Tensor | None = None,
+) -> Measured:
+    """Figures from logits [N, K]: what is fitted comes from the hold-out, what is reported from the test set."""
+    calibration = fit_temperature(held_logits, held_labels)
+    ood = fit_ood(held_logits, OOD_SCORE, calibration.temperature)
+    figures = metrics(logits, labels, classes, calibration.temperature, logits_tta)
+    return Measured(calibration, ood, figures, confusion(logits, labels))
+
+
+def origin(trained: Trained, dataset: Dataset, recipe: Recipe, *, seed: int, model: str) -> Origin:
+    """Of a network that was trained from scratch by a recipe."""
+    data = DatasetFacts(
+        name=dataset.name,
+        sha256=dataset.sha256,
+        train=len(trained.train),
+        holdout=len(trained.held),
+        test=len(dataset.test),
+        skipped=len(dataset.skipped),
+    )
+    return Origin(
+        model=model,
+        classes=dataset.classes,
+        input=recipe.input,
+        network=recipe.network,
+        arguments=recipe.arguments | {"channels": recipe.input.channels, "classes": len(dataset.classes)},
+        recipe=RecipeSpec(name=recipe.name, settings=recipe.model_dump(mode="json"), seed=seed),
+        training=TrainingFacts(
+            dataset=data, epochs=recipe.epochs, seconds=round(trained.seconds, 1), **trained.arithmetic
+        ),
+    )
 
 
 def export(
-    trained: Trained, measured: Measured, dataset: Dataset, recipe: Recipe, *, seed: int, model: str, artifacts: Path
+    network: ConvNet,
+    origin: Origin,
+    measured: Measured,
+    history: History,
+    artifacts: Path,
+    *,
+    replay: Replay | None = None,
+    gate: dict[str, Any] | None = None,
 ) -> BundleRef:
     """Write, load back, compare, publish. Raises ExportFailed where the comparison fails; then nothing is published."""
-    network = trained.network.cpu().float().eval()
+    network = network.cpu().float().eval()
 
     def describe(version: str, folder: Path) -> Manifest:
         return Manifest(
-            model=model,
+            model=origin.model,
             version=version,
             created_at=datetime.now(UTC),
-            classes=dataset.classes,
-            input=recipe.input,
+            classes=origin.classes,
+            input=origin.input,
             network=NetworkSpec(
-                name=recipe.network,
-                arguments=recipe.arguments | {"channels": recipe.input.channels, "classes": len(dataset.classes)},
+                name=origin.network,
+                arguments=origin.arguments,
                 parameters=parameters(network),
-                macs=macs(network, recipe.input.shape),
+                macs=macs(network, origin.input.shape),
             ),
-            recipe=RecipeSpec(name=recipe.name, settings=recipe.model_dump(mode="json"), seed=seed),
-            training=_training_facts(trained, dataset, recipe),
-            parent=None,
+            recipe=origin.recipe,
+            training=origin.training,
+            parent=origin.parent,
             metrics=measured.metrics,
             calibration=measured.calibration,
             ood=measured.ood,
             files=store.folder_facts(folder),
         )
 
-    with store.staging(artifacts, model) as folder:
-        write_module(folder / MODULE, network, recipe.input.shape)
+    with store.staging(artifacts, origin.model) as folder:
+        write_module(folder / MODULE, network, origin.input.shape)
         save_weights(folder / CHECKPOINT, network)
-        images = golden_images(recipe.input)
+        images = golden_images(origin.input)
         write_golden(
             folder / GOLDEN, Golden(images, infer(network, torch.from_numpy(images), torch.device("cpu")).numpy())
         )
+        if replay is not None:
+            write_replay(folder / REPLAY, replay)
         draft = describe("1", folder)  # the number is given at the end, by publish
         _check(folder, draft)
-        report.write(folder / "report", draft, trained.history, measured.confusion)
-        return store.publish(folder, artifacts, model, lambda version: describe(version, folder))
-
-
-def _training_facts(trained: Trained, dataset: Dataset, recipe: Recipe) -> TrainingFacts:
-    return TrainingFacts(
-        dataset=DatasetFacts(
-            name=dataset.name,
-            sha256=dataset.sha256,
-            train=len(trained.train),
-            holdout=len(trained.held),
-            test=len(dataset.test),
-            skipped=len(dataset.skipped),
-        ),
-        epochs=recipe.epochs,
-        seconds=round(trained.seconds, 1),
-        **trained.arithmetic,
-    )
+        report.write(folder / "report", draft, history, measured.confusion, gate)
+        return store.publish(folder, artifacts, origin.model, lambda version: describe(version, folder))
 
 
 def _check(folder: Path, manifest: Manifest) -> None:

@@ -45,10 +45,9 @@ class Interrupted(Exception):
 class Diverged(Exception):
     """The loss or the weights stopped being finite at `step`; the last checkpoint holds the last good weights."""
 
-    def __init__(self, step: int, good_step: int) -> None:
+    def __init__(self, step: int, good_step: int, lower: str = "filter_lr, bias_lr or head_lr") -> None:
         super().__init__(
-            f"the loss is not finite at step {step}; the weights of step {good_step} are kept. "
-            "Lower filter_lr, bias_lr or head_lr"
+            f"the loss is not finite at step {step}; the weights of step {good_step} are kept. Lower {lower}"
         )
         self.step = step
 
@@ -86,7 +85,7 @@ def train(
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = build_optimizers(network, recipe, batches.size)
     identity = {"recipe": recipe.model_dump(mode="json"), "seed": seed, "dataset": dataset.sha256, "steps": steps}
-    arithmetic = _arithmetic(device, precision)
+    arithmetic = arithmetic_of(device, precision)
     path = run / CHECKPOINT
     if resume:
         state = checkpoint.load(path, identity, network, optimizers)
@@ -98,8 +97,8 @@ def train(
     good_step = state.step
 
     emit(_started(recipe, dataset, seed, device, precision, state.step, steps))
-    with _stop_signals() as stopped, SummaryWriter(run / "tensorboard", purge_step=state.step + 1) as board:
-        clock = _Clock(batches.size, steps, state)
+    with stop_signals() as stopped, SummaryWriter(run / "tensorboard", purge_step=state.step + 1) as board:
+        clock = Clock(batches.size, steps, state)
         while state.step < steps:
             images, labels = batches.at(state.step)
 
@@ -209,7 +208,7 @@ def _save(path: Path, state: State, network: ConvNet, optimizers: list[torch.opt
     return state.step
 
 
-def _arithmetic(device: torch.device, precision: torch.dtype) -> dict[str, str]:
+def arithmetic_of(device: torch.device, precision: torch.dtype) -> dict[str, str]:
     """What equal weights depend on beside the run's identity; a resumed run should have the same."""
     return {
         "device": device_name(device),  # with the number of threads
@@ -238,7 +237,7 @@ def _log(board: SummaryWriter, row: dict[str, Any]) -> None:
             board.add_scalar(f"{name}/{part}", row[f"{part}_{name}"], row["step"])
 
 
-class _Clock:
+class Clock:
     """Time spent, in this sitting and before it, and time left."""
 
     def __init__(self, batch: int, steps: int, state: State) -> None:
@@ -266,7 +265,7 @@ class _Clock:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Note SIGINT and SIGTERM instead of dying of them; a second one has its usual effect."""
     noted: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)

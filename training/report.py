@@ -1,6 +1,7 @@
 """What a person looks at: learning curve, confusion matrix, the figures, and the model card."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ History = list[dict[str, Any]]
 CARD = "model-card.md"
 
 
-def write(folder: Path, manifest: Manifest, history: History, counts: Tensor) -> None:
-    """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row."""
+def write(
+    folder: Path, manifest: Manifest, history: History, counts: Tensor, gate: dict[str, Any] | None = None
+) -> None:
+    """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row; `gate`, the verdict on
+    a fine-tuned candidate."""
     folder.mkdir()
     figures = {"metrics": manifest.metrics.model_dump(), "confusion": counts.tolist(), "history": history}
+    if gate is not None:
+        figures["gate"] = gate
     (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
     learning_curve(folder / "learning-curve.png", history)
     confusion_matrix(folder / "confusion.png", counts, manifest.classes)
@@ -38,7 +44,9 @@ def learning_curve(path: Path, history: History) -> None:
         axes.set(title=name, xlabel="epoch", ylabel="nats" if name == "loss" else "share right")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=100)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=100, format="png")
+    os.replace(temporary, path)  # it may be looked at while the run goes on
 
 
 def confusion_matrix(path: Path, counts: Tensor, classes: Sequence[str]) -> None:

@@ -11,8 +11,9 @@ from training.bundle import store
 from training.bundle.manifest import Metrics, ModelName
 from training.bundle.store import BundleRef
 from training.devices import choose_device, keep_freed_memory, processors
-from training.export import export, measure
+from training.export import export, measure, origin
 from training.loop import CHECKPOINT, Diverged, Emit, Trained, train
+from training.memory import remember
 from training.networks import cost
 from training.recipes import Recipe
 
@@ -123,7 +124,9 @@ def require_finished(folder: Path) -> None:
 
 def _publish(plan: Plan, trained: Trained, dataset: datasets.Dataset, options: Options) -> Published:
     measured = measure(trained, dataset, plan.recipe)
-    ref = export(trained, measured, dataset, plan.recipe, seed=plan.seed, model=plan.model, artifacts=options.artifacts)
+    what = origin(trained, dataset, plan.recipe, seed=plan.seed, model=plan.model)
+    memory = remember(trained.network, trained.train, dataset.test, len(dataset.classes))
+    ref = export(trained.network, what, measured, trained.history, options.artifacts, replay=memory)
     if options.activate or store.versions(options.artifacts, plan.model) == [ref]:
         store.activate(options.artifacts, ref)
     is_active = store.answering(options.artifacts, plan.model) == ref

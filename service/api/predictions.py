@@ -47,6 +47,7 @@ _BODY = {
         errors.ModelNotFound,
         errors.VersionNotFound,
         errors.VersionRefused,
+        errors.NothingActive,
         store.NameInvalid,
         errors.TopKOutOfRange,
         errors.NoImages,

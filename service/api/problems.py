@@ -30,6 +30,7 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.ModelNotFound: Kind(404, "model_not_found", "No such model"),
     errors.VersionNotFound: Kind(404, "version_not_found", "No such version"),
     errors.VersionRefused: Kind(409, "version_refused", "The version failed its verification"),
+    errors.NothingActive: Kind(409, "nothing_active", "No version is active"),
     errors.VersionActive: Kind(409, "version_active", "The version is active"),
     errors.ArtifactsUnwritable: Kind(503, "artifacts_unwritable", "The artifacts folder can't be changed"),
     errors.TopKOutOfRange: Kind(422, "top_k_out_of_range", "top_k is out of range"),

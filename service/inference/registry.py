@@ -21,6 +21,7 @@ import torch
 from service.errors import (
     ArtifactsUnwritable,
     ModelNotFound,
+    NothingActive,
     NotReady,
     ServiceError,
     VersionActive,
@@ -72,6 +73,7 @@ class Line:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     active: str | None = None
+    held_back: bool = False  # no version answers until one is activated
     ignored: str | None = None  # a pointer that can't be followed, so that it is logged once
 
 
@@ -150,7 +152,7 @@ class Registry:
     def entry(self, model: str | None, version: str | None) -> Entry:
         """The version that is to answer: of the default model if none is named, and the active one if none is.
 
-        Raises ModelNotFound, VersionNotFound, VersionRefused, NotReady.
+        Raises ModelNotFound, VersionNotFound, VersionRefused, NothingActive, NotReady.
         """
         model = self.default_model if model is None else model
         line = self.line(model)
@@ -162,6 +164,12 @@ class Registry:
         return entry
 
     def _nothing_active(self, model: str, line: Line) -> ServiceError:
+        if line.held_back:
+            versions = ", ".join(line.entries)
+            return NothingActive(
+                f"no version of {model} is active: none has passed its gate yet; name one (version={versions}), "
+                f"or let one answer: PUT /models/{model}/active"
+            )
         if any(entry.state == "unverified" for entry in line.entries.values()):
             return NotReady(f"the versions of {model} are still being verified; try again in a moment")
         reasons = "; ".join(f"{entry.ref} was refused: {entry.reason}" for entry in line.entries.values())
@@ -177,7 +185,7 @@ class Registry:
             if entry.predictor is None:
                 raise _not_loaded(entry)
             await self._write(entry, partial(store.activate, self.artifacts, entry.ref))
-            self.lines[model].active = version
+            self.lines[model].active, self.lines[model].held_back = version, False
             logger.info("activated", extra={"model": model, "version": version})
 
     async def delete(self, model: str, version: str) -> None:
@@ -245,6 +253,10 @@ class Registry:
         Where it is refused, or none is named: the one that answers now; else the newest good one before it; else the
         oldest good one.
         """
+        line.held_back = await asyncio.to_thread(store.held_back, self.artifacts, model)
+        if line.held_back:
+            line.active = None
+            return
         wanted = await asyncio.to_thread(store.active, self.artifacts, model)
         before = [version for version in line.entries if wanted and int(version) < int(wanted)]
         order = dict.fromkeys([wanted, line.active, *reversed(before), *line.entries])

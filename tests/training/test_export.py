@@ -21,7 +21,7 @@ from training.datasets import holdout
 from training.devices import device_name
 from training.drawings import golden_images
 from training.evaluate import infer
-from training.export import ExportFailed, Measured, export, measure, read_module, write_module
+from training.export import ExportFailed, Measured, export, measure, origin, read_module, write_module
 from training.loop import Trained, new_network, train
 from training.networks import ConvNet, build, macs, parameters
 
@@ -46,7 +46,8 @@ def measured(original: Trained) -> Measured:
 
 
 def publish(trained: Trained, measured: Measured, artifacts: Path) -> BundleRef:
-    return export(trained, measured, squares(), RECIPE, seed=5, model="tiny", artifacts=artifacts)
+    what = origin(trained, squares(), RECIPE, seed=5, model="tiny")
+    return export(trained.network, what, measured, trained.history, artifacts)
 
 
 def pixels(count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
@@ -239,5 +240,6 @@ def test_a_picture_of_colour_is_exported_as_well(tmp_path: Path) -> None:
     trained = train(recipe, dataset, tmp_path / "run", seed=0, device=CPU, emit=lambda _: None)
     assert new_network(recipe, dataset).state_dict().keys() == trained.network.state_dict().keys()
     measured = measure(trained, dataset, recipe)
-    ref = export(trained, measured, dataset, recipe, seed=0, model="coloured", artifacts=tmp_path)
+    what = origin(trained, dataset, recipe, seed=0, model="coloured")
+    ref = export(trained.network, what, measured, trained.history, tmp_path)
     published.verify(ref, tmp_path)

@@ -31,6 +31,7 @@ from training.bundle.manifest import (
 )
 
 ACTIVE = "active"
+NONE = "none"  # in place of a version: none answers those who name none
 LAST = ".last"  # the highest version ever given, so that a deleted version's number isn't used again
 
 _MODEL_NAME = TypeAdapter(ModelName)
@@ -157,19 +158,35 @@ def folder_facts(folder: Path) -> dict[str, FileFacts]:
 
 def active(artifacts: Path, model: str) -> str | None:
     """The version that answers when a request names none; None before the first activation."""
-    check_model_name(model)
-    try:
-        version = (artifacts / model / ACTIVE).read_text(errors="replace").strip()
-    except OSError:  # not there, or no file that can be read
-        return None
+    version = _pointer(artifacts, model)
     return version if _is_version(version) else None
 
 
+def _pointer(artifacts: Path, model: str) -> str:
+    check_model_name(model)
+    try:
+        return (artifacts / model / ACTIVE).read_text(errors="replace").strip()
+    except OSError:  # not there, or no file that can be read
+        return ""
+
+
 def answering(artifacts: Path, model: str) -> BundleRef | None:
-    """The version that answers: the active one, or the oldest where none was ever made active."""
+    """The version that answers: the active one, or the oldest where nobody ever said which."""
     if version := active(artifacts, model):
         return BundleRef(model, version)
-    return next(iter(versions(artifacts, model)), None)
+    return None if held_back(artifacts, model) else next(iter(versions(artifacts, model)), None)
+
+
+def held_back(artifacts: Path, model: str) -> bool:
+    """Whether no version is to answer until one is activated."""
+    return _pointer(artifacts, model) == NONE
+
+
+def hold_back(artifacts: Path, model: str) -> None:
+    """Let no version of a model answer until one is activated; the model may not have any yet."""
+    check_model_name(model)
+    (artifacts / model).mkdir(parents=True, exist_ok=True)
+    _write_line(artifacts / model / ACTIVE, NONE)
 
 
 def activate(artifacts: Path, ref: BundleRef) -> None:

@@ -1,0 +1,299 @@
+"""Fine-tuning from tiny@1, which tells filled from hollow squares: new classes, its own, few pictures, and noise."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import squares, write_class_folders
+from training import events, finetune, tune
+from training.bundle import store
+from training.bundle.replay import REPLAY, read_replay
+from training.bundle.store import BundleRef
+from training.bundle.tuning import Tuning
+from training.finetune import NameTaken, Options, RunInvalid
+from training.loop import Diverged, Interrupted
+from training.published import verify
+from training.task import Plan
+
+TINY = BundleRef("tiny", "1")
+
+
+def bars(root: Path, count: int, *, seed: int = 0, kinds: str = "across down cross", shuffled: bool = False) -> Path:
+    """Pictures of bars, so many of each kind, in class folders."""
+    random = np.random.default_rng(seed)
+    names = kinds.split()
+    labels = np.repeat(np.arange(len(names)), count)
+    folders = random.permutation(labels) if shuffled else labels
+    for index, (label, folder) in enumerate(zip(labels, folders, strict=True)):
+        pixels = random.integers(0, 60, (12, 12), dtype=np.uint8)
+        y, x = random.integers(2, 9, 2)
+        if names[label] in ("across", "cross"):
+            pixels[y : y + 2] = 220
+        if names[label] in ("down", "cross"):
+            pixels[:, x : x + 2] = 220
+        path = root / names[folder] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+def inverted_squares(root: Path, count: int) -> Path:
+    """What tiny@1 knows, dark on light: it must guess."""
+    dataset = squares(count, seed=50)
+    split = type(dataset.train)(255 - dataset.train.images, dataset.train.labels)
+    return write_class_folders(root, type(dataset)("inverted", dataset.classes, split, split))
+
+
+def plan(dataset: Path, **changes: Any) -> Plan:
+    values = {
+        "model": "tiny",
+        "version": "1",
+        "dataset": str(dataset),
+        "name": "bars",
+        "tuning": Tuning(),
+        "seed": 0,
+        "promote": "if_better",
+    }
+    return Plan.model_validate(values | changes)
+
+
+def run(
+    folder: Path, artifacts: Path, made: Plan, emit: Callable[[events.Event], None] = lambda _: None
+) -> dict[str, Any]:
+    finetune.create(folder, made)
+    return finetune.execute(folder, Options(artifacts, device="cpu"), emit)
+
+
+def events_of(folder: Path) -> list[events.Event]:
+    return [events.parse(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def kinds_of(folder: Path) -> list[str]:
+    """The kinds of events in order, progress and notices left out, each once where it repeats."""
+    kinds = [event.event for event in events_of(folder) if event.event not in ("progress", "notice")]
+    return [kind for place, kind in enumerate(kinds) if place == 0 or kinds[place - 1] != kind]
+
+
+def weights(artifacts: Path, ref: BundleRef) -> str:
+    return store.read_manifest(artifacts, ref).weights_sha256
+
+
+def test_new_classes_become_a_new_model_that_answers(tmp_path: Path, tiny: Path) -> None:
+    result = run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 120)))
+    assert (result["model"], result["version"], result["promoted"], result["decision"]) == (
+        "bars",
+        "1",
+        True,
+        "promote",
+    )
+    assert result["metrics"]["accuracy"] > 0.9
+    assert result["summary"].endswith("; promoted")
+    assert result["comparisons"].keys() == {"candidate", "nearest_mean", "majority"}
+    ref = BundleRef("bars", "1")
+    assert store.answering(tiny, "bars") == ref
+    verify(ref, tiny)
+    manifest = store.read_manifest(tiny, ref)
+    assert manifest.classes == ("across", "cross", "down")
+    assert manifest.parent is not None
+    assert (manifest.parent.model, manifest.parent.version) == ("tiny", "1")
+    assert manifest.parent.weights_sha256 == weights(tiny, TINY)
+    assert json.loads((ref.path(tiny) / "report" / "metrics.json").read_text())["gate"]["decision"] == "promote"
+    assert read_replay(ref.path(tiny) / REPLAY) is not None
+
+
+def test_the_events_tell_the_whole_story(tmp_path: Path, tiny: Path) -> None:
+    seen: list[events.Event] = []
+    result = run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 120), tuning=Tuning(epochs=2)), seen.append)
+    found = events_of(tmp_path / "run")
+    assert seen == found
+    assert kinds_of(tmp_path / "run")[:2] == ["validated", "started"]
+    assert kinds_of(tmp_path / "run")[-2:] == ["published", "decided"]
+    steps = [event.step for event in found if isinstance(event, events.Progress)]
+    assert steps == list(range(1, len(steps) + 1))
+    last = found[-1]
+    assert isinstance(last, events.Decided)
+    assert last.result == result
+    assert (tmp_path / "run" / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_model_of_its_own_classes_becomes_better_and_replaces_itself(tmp_path: Path, tiny: Path) -> None:
+    made = plan(inverted_squares(tmp_path / "data", 400), name="tiny", tuning=Tuning(depth="full", replay=False))
+    result = run(tmp_path / "run", tiny, made)
+    assert (result["model"], result["version"]) == ("tiny", "2")
+    assert result["comparisons"]["active"]["accuracy"] < 0.7
+    assert result["comparisons"]["candidate"]["accuracy"] > 0.9
+    checks = {check["name"]: check["passed"] for check in result["gate"]["checks"]}
+    assert (checks["mcnemar"], checks["macro_f1"], checks["recall"]) == (True, True, True)
+    assert store.read_manifest(tiny, BundleRef("tiny", "2")).classes == ("filled", "hollow")
+
+
+def test_what_it_forgot_of_its_own_data_keeps_it_from_answering(tmp_path: Path, tiny: Path) -> None:
+    """Without the base's data, the features in its bundle are the guard."""
+    made = plan(inverted_squares(tmp_path / "data", 400), name="tiny", tuning=Tuning(depth="head", replay=False))
+    result = run(tmp_path / "run", tiny, made)
+    (guard,) = (check for check in result["gate"]["checks"] if check["name"] == "guard")
+    assert (guard["passed"], guard["figures"]["n"]) == (False, 80)
+    assert result["promoted"] is False
+    assert store.answering(tiny, "tiny") == TINY
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shuffled_labels_are_refused_and_nothing_answers(tmp_path: Path, tiny: Path, seed: int) -> None:
+    data = bars(tmp_path / "bars", 120, seed=seed, shuffled=True)
+    result = run(tmp_path / "run", tiny, plan(data, seed=seed, tuning=Tuning(depth="head")))
+    assert (result["promoted"], result["decision"]) == (False, "refuse")
+    assert store.answering(tiny, "bars") is None
+    assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
+
+
+def test_few_pictures_are_cross_validated(tmp_path: Path, tiny: Path) -> None:
+    result = run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25)))
+    assert result["metrics"]["n"] == 75  # each of them, answered by a head that never saw it
+    assert result["promoted"] is True
+    assert store.read_manifest(tiny, BundleRef("bars", "1")).training.dataset.train == 75
+
+
+def test_the_policy_has_the_last_word(tmp_path: Path, tiny: Path) -> None:
+    data = bars(tmp_path / "bars", 25)
+    never = run(tmp_path / "first", tiny, plan(data, promote="never"))
+    assert (never["decision"], never["promoted"], store.answering(tiny, "bars")) == ("promote", False, None)
+    shuffled = bars(tmp_path / "shuffled", 25, shuffled=True)
+    always = run(tmp_path / "second", tiny, plan(shuffled, promote="always"))
+    assert (always["decision"], always["promoted"]) == ("refuse", True)
+    assert store.answering(tiny, "bars") == BundleRef("bars", "2")
+
+
+def test_the_base_s_classes_can_be_kept(tmp_path: Path, tiny: Path) -> None:
+    made = plan(bars(tmp_path / "bars", 120), tuning=Tuning(keep_classes=True, depth="head"))
+    run(tmp_path / "run", tiny, made)
+    assert store.read_manifest(tiny, BundleRef("bars", "1")).classes == ("filled", "hollow", "across", "cross", "down")
+
+
+def test_a_class_is_known_whatever_its_case(tmp_path: Path, tiny: Path) -> None:
+    data = inverted_squares(tmp_path / "data", 40)
+    for part in ("train", "test"):
+        (data / part / "filled").rename(data / part / "Filled")
+    made = plan(data, name="other", tuning=Tuning(depth="head"))
+    run(tmp_path / "run", tiny, made)
+    assert store.read_manifest(tiny, BundleRef("other", "1")).classes == ("filled", "hollow")
+
+
+def test_a_name_that_stands_for_other_classes_is_taken(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(NameTaken) as refusal:
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25), name="tiny"))
+    assert str(refusal.value) == (
+        "the model tiny tells filled, hollow apart, not across, cross, down; choose another name"
+    )
+    last = events_of(tmp_path / "run")[-1]
+    assert isinstance(last, events.Failed)
+    assert (last.code, last.message) == ("name_taken", str(refusal.value))
+    assert [str(ref) for ref in store.versions(tiny, "tiny")] == ["tiny@1"]
+
+
+# --- killed and gone on with ------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_never_was(tmp_path: Path, tiny: Path) -> None:
+    data = bars(tmp_path / "bars", 120)
+    other = shutil.copytree(tiny, tmp_path / "other")
+    whole = run(tmp_path / "whole", other, plan(data))
+
+    def stop_at(step: int) -> Callable[[events.Event], None]:
+        def emit(event: events.Event) -> None:
+            if isinstance(event, events.Progress) and event.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return emit
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", tiny, plan(data), stop_at(7))
+    with pytest.raises(Interrupted):
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), stop_at(30))
+    result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert weights(tiny, BundleRef("bars", "1")) == weights(other, BundleRef("bars", "1"))
+    for key in ("summary", "metrics", "comparisons"):
+        assert result[key] == whole[key]
+
+
+class Killed(BaseException):
+    """As if the process had died here."""
+
+
+def test_a_run_that_was_killed_once_it_had_published_finds_its_version_again(tmp_path: Path, tiny: Path) -> None:
+    def die(event: events.Event) -> None:
+        if isinstance(event, events.Published):
+            raise Killed
+
+    data = bars(tmp_path / "bars", 25)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", tiny, plan(data), die)
+    assert store.answering(tiny, "bars") is None
+    result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert (result["version"], result["promoted"]) == ("1", True)
+    assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
+
+
+def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
+    made = plan(tmp_path / "nothing")
+    finetune.create(tmp_path / "run", made)
+    with pytest.raises(RunInvalid, match=f"^{tmp_path / 'run'} already holds a run; go on with it by --resume"):
+        finetune.create(tmp_path / "run", made)
+    assert finetune.open_plan(tmp_path / "run") == made
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunInvalid, match=rf"^{tmp_path} holds no run: there is no run\.json in it$"):
+        finetune.execute(tmp_path, Options(tmp_path), lambda _: None)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_runs_away_is_gone_back_from_twice_and_then_fails(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "TRUNK_LR", 1e30)
+    made = plan(bars(tmp_path / "bars", 120), tuning=Tuning(epochs=20))
+    with pytest.raises(Diverged, match="the loss is not finite at step"):
+        run(tmp_path / "run", tiny, made)
+    last = events_of(tmp_path / "run")[-1]
+    assert isinstance(last, events.Failed)
+    assert last.code == "diverged"
+    assert "Lower learning_rate" in last.message
+    again = [event for event in events_of(tmp_path / "run") if isinstance(event, events.Notice)]
+    assert sum("with smaller steps" in event.message for event in again) == 2
+
+
+def test_time_that_is_over_ends_the_run_with_a_checkpoint(tmp_path: Path, tiny: Path) -> None:
+    finetune.create(tmp_path / "run", plan(bars(tmp_path / "bars", 120)))
+    with pytest.raises(Exception, match="the time allowed was over at step 1; allow more, or ask for fewer epochs"):
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu", deadline_seconds=0), lambda _: None)
+    last = events_of(tmp_path / "run")[-1]
+    assert isinstance(last, events.Failed)
+    assert last.code == "deadline_passed"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            "out_of_memory",
+        ),
+        (OSError(28, "No space left on device"), "disk_full"),
+        (ValueError("odd"), "value_error"),
+    ],
+)
+def test_a_failure_has_a_code(error: Exception, code: str) -> None:
+    assert finetune.failure(error).code == code

@@ -1,0 +1,402 @@
+"""Fine-tuning: a published model and a few pictures become a better model, or an honest no.
+
+Read downward: `execute` is the whole run, in order. Heads first, on cached features; then the layers before them, where
+there are pictures enough; then calibration; then the gate, on pictures that nothing was fitted to; then a version like
+any other, which may answer only if the gate and the policy say so.
+
+A run is a folder. Only the long part, `tune`, keeps checkpoints: all the rest is quick, and comes out the same again.
+"""
+
+import errno
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from training import SafelightError, checkpoint, datasets, events, gate
+from training.bundle import store
+from training.bundle.answers import Probabilities, probabilities
+from training.bundle.manifest import BundleError, DatasetFacts, Manifest, Parent, RecipeSpec, TrainingFacts
+from training.bundle.replay import REPLAY, read_replay
+from training.bundle.store import BundleRef
+from training.candidates import Candidate, head_of, learn, own_place, right
+from training.datasets import Split, holdout
+from training.devices import choose_device, keep_freed_memory, processors, training_precision
+from training.evaluate import infer
+from training.export import Measured, Origin, assess, export
+from training.loop import Emit, Interrupted, arithmetic_of
+from training.memory import remember
+from training.networks import ConvNet, parameters
+from training.task import Past, Pictures, Plan, Task
+
+RUN = "run.json"
+EVENTS = "events.jsonl"
+DATA = "data"
+
+REPLAYED = 5000  # pictures of the base's training set
+GUARD_MARGINS = {"mnist": 0.003}  # share of the base's own test set that may be lost; a good model has less to lose
+GUARD_MARGIN = 0.005
+TIMED_ROUNDS = 30
+
+
+class RunInvalid(SafelightError):
+    """A folder that holds no fine-tuning run, or already holds one."""
+
+
+class NameTaken(SafelightError):
+    """A model of this name exists and tells other classes apart."""
+
+
+class NameNeeded(SafelightError):
+    """The new model has other classes than its base, so it can't go by the base's name."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where things are on this machine, and what the run may take of it."""
+
+    artifacts: Path
+    data: Path | None = None
+    device: str | None = None
+    deadline_seconds: float | None = None
+
+
+def create(folder: Path, plan: Plan) -> None:
+    """Make a run's folder. Raises RunInvalid where there is a run already."""
+    if (folder / RUN).exists():
+        raise RunInvalid(f"{folder} already holds a run; go on with it by --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RUN}"
+    temporary.write_text(plan.model_dump_json(indent=2) + "\n")
+    temporary.replace(folder / RUN)
+
+
+def open_plan(folder: Path) -> Plan:
+    """Raises RunInvalid."""
+    try:
+        return Plan.model_validate_json((folder / RUN).read_bytes())
+    except FileNotFoundError:
+        raise RunInvalid(f"{folder} holds no run: there is no {RUN} in it") from None
+    except ValidationError as error:
+        raise RunInvalid(f"{folder / RUN} can't be read: {error.errors()[0]['msg']}") from error
+
+
+def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
+    """Fine-tune to the end, or go on to it; returns what came of it. Raises what the parts raise."""
+    begun = time.perf_counter()
+    plan = open_plan(folder)
+    log = events.EventLog(folder / EVENTS)
+
+    def tell(event: events.Event) -> None:
+        log(event)
+        emit(event)
+
+    def late() -> bool:
+        return options.deadline_seconds is not None and time.perf_counter() - begun > options.deadline_seconds
+
+    try:
+        keep_freed_memory()
+        torch.set_num_threads(processors())
+        task = prepare(plan, options, tell)
+        candidate = learn(task, folder, tell, late)
+        measured, verdict = judge(task, candidate, options)
+        ref = publish(task, candidate, measured, verdict, time.perf_counter() - begun, options)
+        tell(events.Published(model=ref.model, version=ref.version, accuracy=measured.metrics.accuracy))
+        result = decide(task, ref, measured, verdict, options) | {"seconds": round(time.perf_counter() - begun, 1)}
+        tell(events.Decided(result=result))
+        shutil.rmtree(folder / DATA, ignore_errors=True)
+        return result
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        tell(events.Interrupted(step=0))
+        raise
+    except Exception as error:
+        tell(failure(error))
+        raise
+    finally:
+        log.close()
+
+
+def failure(error: Exception) -> events.Failed:
+    """What went wrong, by a stable code, and what to do."""
+    causes = [error, *filter(None, (error.__cause__, error.__context__))]
+    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return events.Failed(code="disk_full", message="the disk is full; make room, then start the job again")
+    exhausted = any(phrase in str(error) for phrase in ("can't allocate memory", "out of memory", "Cannot allocate"))
+    if isinstance(error, MemoryError) or exhausted:
+        advice = "allow more, or set a smaller batch_size, or send fewer pictures"
+        return events.Failed(code="out_of_memory", message=f"the run needs more memory than it may take; {advice}")
+    return events.Failed(code=events.code_of(error), message=str(error) or repr(error))
+
+
+# --- what there is to learn from --------------------------------------------------------------------------------------
+
+
+def prepare(plan: Plan, options: Options, tell: Emit) -> Task:
+    """Check the pictures, load the base, and gather what is remembered of its data."""
+    manifest = store.read_manifest(options.artifacts, plan.base)
+    bundle = plan.base.path(options.artifacts)
+    store.check_files(bundle, manifest)
+    pictures = load_pictures(plan, manifest, options, tell)
+    classes = classes_of(plan, manifest, pictures)
+    check_name(plan, classes, options)
+    index = {label.casefold(): place for place, label in enumerate(classes)}
+    mirrored = bool(manifest.recipe.settings.get("flip", False))
+    return Task(
+        plan=plan,
+        manifest=manifest,
+        network=checkpoint.load_network(bundle, manifest),
+        classes=classes,
+        pictures=pictures,
+        labels=torch.tensor([index[label.casefold()] for label in pictures.classes])[pictures.everything.labels],
+        past=recall(plan, manifest, bundle, classes, options, tell),
+        flip=mirrored if plan.tuning.flip is None else plan.tuning.flip,
+        device=choose_device(options.device),
+    )
+
+
+def load_pictures(plan: Plan, manifest: Manifest, options: Options, tell: Emit) -> Pictures:
+    """Decode what intake accepts, or some pictures of a built-in set's training part."""
+    if plan.dataset in datasets.BUILT_IN:
+        found = datasets.load(plan.dataset, manifest.input, options.data)
+        count = plan.limit or len(found.train)
+        some, _ = holdout(found.train, 1 - count / len(found.train)) if count < len(found.train) else (found.train, 0)
+        tell(events.Validated(report={"name": found.name, "images": len(some), "classes": list(found.classes)}))
+        return Pictures(found.name, found.sha256, found.classes, some, None, 0)
+    found = datasets.class_folders(Path(plan.dataset), manifest.input)
+    everything = Split(
+        torch.cat([found.train.images, found.test.images]), torch.cat([found.train.labels, found.test.labels])
+    )
+    tell(events.Validated(report={"name": found.name, "images": len(everything), "classes": list(found.classes)}))
+    return Pictures(found.name, found.sha256, found.classes, everything, None, len(found.skipped))
+
+
+def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:
+    """The base's classes where the pictures bring no other; else the pictures', after the base's if those are kept."""
+    known = {label.casefold(): label for label in manifest.classes}
+    new = tuple(label for label in pictures.classes if label.casefold() not in known)
+    if not new or plan.tuning.keep_classes:
+        return manifest.classes + new
+    return tuple(known.get(label.casefold(), label) for label in pictures.classes)
+
+
+def check_name(plan: Plan, classes: tuple[str, ...], options: Options) -> None:
+    """Raises NameTaken where versions of this name tell other classes apart."""
+    if (answering := store.answering(options.artifacts, plan.name)) is None:
+        return
+    found = store.read_manifest(options.artifacts, answering).classes
+    if found != classes:
+        raise NameTaken(
+            f"the model {plan.name} tells {', '.join(found)} apart, not {', '.join(classes)}; choose another name"
+        )
+
+
+def recall(
+    plan: Plan, manifest: Manifest, bundle: Path, classes: tuple[str, ...], options: Options, tell: Emit
+) -> Past:
+    """The base's own data where it is there, else what its bundle remembers; nothing where its classes go."""
+    if classes[: len(manifest.classes)] != manifest.classes:
+        return Past()
+    features = read_replay(bundle / REPLAY)
+    source = manifest.training.dataset.name
+    if options.data is not None and source in datasets.BUILT_IN:
+        try:
+            found = datasets.load(source, manifest.input, options.data)
+        except datasets.DatasetError as error:
+            tell(events.Notice(message=f"the base's own data isn't here ({error}); its bundle's features stand in"))
+        else:
+            fitted, check = holdout(found.train, float(manifest.recipe.settings.get("holdout", 0.02)))
+            replay, _ = holdout(fitted, 1 - min(1.0, REPLAYED / len(fitted)), plan.seed)
+            return Past(replay if plan.tuning.replay else None, check, found.test, features)
+    return Past(features=features)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+# --- judging and publishing -------------------------------------------------------------------------------------------
+
+
+def judge(task: Task, candidate: Candidate, options: Options) -> tuple[Measured, gate.Verdict]:
+    """Measure the candidate on its test part, and hold it against the others there."""
+    labels = task.labels[candidate.test]
+    measured = assess(candidate.held_logits, candidate.held_labels, candidate.test_logits, labels, task.classes)
+    rival = active_rival(task, options)
+    mine, rivals = costs(candidate.network, rival, task)
+    known = {label.casefold() for label in task.manifest.classes}
+    evidence = gate.Evidence(
+        classes=task.classes,
+        labels=labels.numpy(),
+        candidate=probabilities(candidate.test_logits.numpy(), measured.calibration.temperature),
+        active=None if rival is None else rival_answers(rival, task, candidate),
+        nearest_mean=None if rival else candidate.nearest_mean.numpy(),
+        new_classes=[label for label in task.classes if label.casefold() not in known],
+        guard=guard_answers(task, candidate),
+        candidate_cost=mine,
+        active_cost=rivals,
+        cross_validated=candidate.cross_validated,
+        looks=1 + earlier_looks(task, options),
+    )
+    margin = GUARD_MARGINS.get(task.manifest.training.dataset.name, GUARD_MARGIN)
+    return measured, gate.judge(evidence, guard_margin=margin, seed=task.plan.seed)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The version that answers now, for the same classes."""
+
+    manifest: Manifest
+    network: ConvNet
+
+
+def active_rival(task: Task, options: Options) -> Rival | None:
+    """The active version of the new model's name; where there is none yet, the base, if it has the same classes."""
+    ref = store.answering(options.artifacts, task.plan.name)
+    if ref is None and task.same_classes:
+        ref = task.plan.base
+    if ref is None:
+        return None
+    manifest = store.read_manifest(options.artifacts, ref)
+    if manifest.input != task.manifest.input:
+        return None  # it sees other pixels: its answers to these mean nothing
+    return Rival(manifest, checkpoint.load_network(ref.path(options.artifacts), manifest))
+
+
+def rival_answers(rival: Rival, task: Task, candidate: Candidate) -> Probabilities:
+    logits = infer(rival.network, task.split.images[candidate.test], torch.device("cpu"))
+    return probabilities(logits.numpy(), rival.manifest.calibration.temperature)
+
+
+def guard_answers(task: Task, candidate: Candidate) -> gate.Guard | None:
+    """What the candidate and the base have right of the base's own test set, or of the features of some of it."""
+    past = task.past
+    if past.guard is not None:
+        mine, bases = (right(network, past.guard, task.device) for network in (candidate.network, task.network))
+        return gate.Guard(mine, bases)
+    if past.features is None or candidate.history or candidate.place != own_place(task.network):
+        return None
+    features = torch.from_numpy(past.features.guard_features).float()
+    labels = torch.from_numpy(past.features.guard_labels)
+    heads = head_of(candidate.network), head_of(task.network)
+    mine, bases = ((head(features).argmax(1) == labels).numpy() for head in heads)
+    return gate.Guard(mine, bases)
+
+
+def earlier_looks(task: Task, options: Options) -> int:
+    """How many versions of this name were held against the hold-out of these very pictures before."""
+    looks = 0
+    for ref in store.versions(options.artifacts, task.plan.name):
+        try:
+            manifest = store.read_manifest(options.artifacts, ref)
+        except BundleError:
+            continue  # whatever it is, its verdict can't have come from here
+        same = manifest.training.dataset.sha256 == task.pictures.sha256
+        looks += same and manifest.parent is not None and manifest.created_at < task.plan.created_at
+    return looks
+
+
+def costs(candidate: ConvNet, rival: Rival | None, task: Task) -> tuple[gate.Cost, gate.Cost | None]:
+    """What one picture takes, timed in turns, and what the weights take on disk."""
+    networks = [candidate.folded(), *([rival.network.folded()] if rival else [])]
+    picture = torch.from_numpy(np.zeros((1, *task.manifest.input.shape), np.uint8))
+    rounds: list[list[float]] = [[] for _ in networks]
+    with torch.inference_mode():
+        for turn in range(TIMED_ROUNDS + 5):
+            for network, milliseconds in zip(networks, rounds, strict=True):
+                begun = time.perf_counter()
+                network(picture)
+                if turn >= 5:  # the first are slower
+                    milliseconds.append((time.perf_counter() - begun) * 1000)
+    found = [
+        gate.Cost(milliseconds, 4 * parameters(network)) for network, milliseconds in zip(networks, rounds, strict=True)
+    ]
+    return found[0], found[1] if rival else None
+
+
+def publish(
+    task: Task, candidate: Candidate, measured: Measured, verdict: gate.Verdict, seconds: float, options: Options
+) -> BundleRef:
+    """Publish the candidate as the next version, which answers only those who ask for it by number.
+
+    A run that was killed just after it had published finds its version again, by its weights.
+    """
+    plan = task.plan
+    origin = Origin(
+        model=plan.name,
+        classes=task.classes,
+        input=task.manifest.input,
+        network=task.manifest.network.name,
+        arguments=candidate.arguments,
+        recipe=RecipeSpec(
+            name="finetune",
+            settings=plan.tuning.model_dump(mode="json") | {"flip": task.flip, "views": "none"},
+            seed=plan.seed,
+        ),
+        training=TrainingFacts(
+            dataset=DatasetFacts(
+                name=task.pictures.name,
+                sha256=task.pictures.sha256,
+                train=len(candidate.trained_on),
+                holdout=len(candidate.held_labels),
+                test=len(candidate.test),
+                skipped=task.pictures.skipped,
+            ),
+            epochs=candidate.epochs,
+            seconds=round(seconds, 1),
+            **arithmetic_of(task.device, training_precision(task.device)),
+        ),
+        parent=Parent(model=plan.model, version=plan.version, weights_sha256=task.manifest.weights_sha256),
+    )
+    if (published := published_before(plan, candidate.network, options)) is not None:
+        return published
+    if not store.versions(options.artifacts, plan.name):
+        store.hold_back(options.artifacts, plan.name)  # else the only version would answer, whatever the gate says
+    memory = remember(
+        candidate.network, task.split[candidate.trained_on], task.split[candidate.test], len(task.classes)
+    )
+    return export(
+        candidate.network,
+        origin,
+        measured,
+        candidate.history,
+        options.artifacts,
+        replay=memory,
+        gate=verdict.model_dump(mode="json"),
+    )
+
+
+def published_before(plan: Plan, network: ConvNet, options: Options) -> BundleRef | None:
+    digest = checkpoint.weights_sha256(network)
+    for ref in store.versions(options.artifacts, plan.name):
+        try:
+            manifest = store.read_manifest(options.artifacts, ref)
+        except BundleError:
+            continue
+        if manifest.weights_sha256 == digest and manifest.created_at >= plan.created_at:
+            return ref
+    return None
+
+
+def decide(task: Task, ref: BundleRef, measured: Measured, verdict: gate.Verdict, options: Options) -> dict[str, Any]:
+    """Let the version answer, or not; and everything that led there."""
+    promoted = gate.promotes(task.plan.promote, verdict)
+    if promoted:
+        store.activate(options.artifacts, ref)
+    return {
+        "model": ref.model,
+        "version": ref.version,
+        "promoted": promoted,
+        "decision": verdict.decision,
+        "summary": gate.summary(task.plan.promote, verdict),
+        "classes": list(task.classes),
+        "base": str(task.plan.base),
+        "metrics": measured.metrics.model_dump(),
+        "gate": {"checks": [check.model_dump() for check in verdict.checks]},
+        "comparisons": {name: score.model_dump() for name, score in verdict.comparisons.items()},
+    }
