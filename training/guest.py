@@ -36,7 +36,7 @@ def stop_at_eof() -> None:
     """End as on SIGTERM once standard input ends: then whoever started this and held the other end has died."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1024):
+        while os.read(sys.stdin.fileno(), 1024):  # not through the buffer, whose lock would be in the way at the end
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
