@@ -33,7 +33,7 @@ def stop_at_eof() -> None:
     """As on SIGTERM once stdin ends, which it does when the parent that holds its other end dies, however it does."""
 
     def wait() -> None:
-        while os.read(sys.stdin.fileno(), 1024):
+        while os.read(sys.stdin.fileno(), 1024):  # not through the buffer, whose lock would be in the way at the end
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
