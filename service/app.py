@@ -22,7 +22,8 @@ from service.jobs.store import JobStore, open_store
 from service.lifecycle import Lifecycle, drain_on_sigterm
 from service.settings import Settings
 from training import SafelightError, __version__
-from training.devices import choose_device, processors
+from training.devices import choose_device
+from training.processors import processors
 
 GRACE_SECONDS = 10.0  # a training process ends within two at its next step; more on a busy machine
 

@@ -19,6 +19,7 @@
   + InferenceFailed        the model itself failed on this picture
   + ClientGone             nobody waits for the answer any more
   + NotReady               no model can answer yet or at all, or the service is stopping
+  + DatasetNotFound        no such data set
   + JobNotFound            no such job
   + JobStateConflict       what is asked of a job isn't possible in the state that it is in
   + JobFileNotFound        a file of a job that isn't there: not yet, or with another service
@@ -28,7 +29,6 @@
   + KeyReused              an Idempotency-Key that came with another request before
   + KeyInUse               the first request with this Idempotency-Key is still being answered
   + DatabaseUnavailable    the database of jobs can't be reached
-  + StateUnwritable        the state folder can't be written
 """
 
 from training import SafelightError
@@ -114,6 +114,10 @@ class NotReady(ServiceError):
     pass
 
 
+class DatasetNotFound(ServiceError):
+    pass
+
+
 class JobNotFound(ServiceError):
     pass
 
@@ -147,8 +151,4 @@ class KeyInUse(ServiceError):
 
 
 class DatabaseUnavailable(ServiceError):
-    pass
-
-
-class StateUnwritable(ServiceError):
     pass

@@ -1,6 +1,7 @@
 """Fixtures: a clean environment for every test, and factories of real things."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import make_bundle
+from tests.tiny import TINY, make_bundle, squares, write_class_folders
+from training import runs
 
 DATA = os.environ.get("SAFELIGHT_DATA")
 
@@ -59,3 +61,20 @@ def client(settings: Settings) -> Iterator[TestClient]:
     """The whole application in this process, its lifespan included."""
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in `run`, its data in `squares`, and what it published, tiny@1, in `artifacts`. To read only."""
+    torch.set_num_threads(2)
+    root = tmp_path_factory.mktemp("tiny")
+    data = write_class_folders(root / "squares", squares())
+    runs.create(root / "run", runs.Plan(model="tiny", recipe=TINY, seed=0, dataset=str(data)))
+    runs.execute(root / "run", runs.Options(artifacts=root / "artifacts"), lambda _: None, resume=False)
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_run: Path, tmp_path: Path) -> Path:
+    """An artifacts folder with tiny@1, to do anything with."""
+    return shutil.copytree(tiny_run / "artifacts", tmp_path / "artifacts", dirs_exist_ok=True)

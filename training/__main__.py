@@ -1,5 +1,6 @@
 """The command line: dispatch and tables only. What the commands do stands in `runs`, `published` and the store."""
 
+import errno
 import json
 import os
 import shlex
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List, show, activate and verify the models under artifacts/.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+dataset_app = typer.Typer(help="Check pictures before training on them.", no_args_is_help=True)
+app.add_typer(dataset_app, name="dataset")
 
 out = Console(markup=False, emoji=False)  # what is shown are names of files and classes
 err = Console(stderr=True)
@@ -150,7 +153,7 @@ def finetune(
     from training.task import Plan
 
     if guest:
-        guests.yield_to_others()
+        guests.step_back()
     if memory_bytes is not None:
         guests.limit_memory(memory_bytes)
     if (model is None) == (resume is None):
@@ -470,6 +473,85 @@ def verify(
             out.print(f"{name}: {problem or 'good'}", highlight=False, soft_wrap=True)
     if any(problems.values()):
         raise typer.Exit(1)
+
+
+@dataset_app.command("check")
+def check_dataset(
+    path: Annotated[str, typer.Argument(help="A zip, tar or folder of class folders; or mnist, cifar10.")],
+    *,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL[@VERSION]", help="The model that the pictures are meant for.")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Write data.zip and dataset.json into this new folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call it.  [default: the file's name]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of mnist or cifar10, so many training pictures.")] = None,
+    data: Data = None,
+    artifacts: Artifacts = ARTIFACTS,
+    guest: Annotated[bool, typer.Option("--guest", help="Run at the lowest priority.")] = False,
+    memory_bytes: Annotated[int | None, typer.Option(min=2**26, help="Allocate no more than this.")] = None,
+    stop_at_eof: Annotated[bool, typer.Option("--stop-at-eof", help="Stop when stdin ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a data set: decode every picture, find duplicates and contradictions, report. Exits with 1 if refused."""
+    from training import guest as conduct
+    from training import intake
+
+    if guest:
+        conduct.step_back()
+    if memory_bytes:
+        conduct.limit_memory(memory_bytes)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is unfinished is cleaned up
+    if stop_at_eof:
+        conduct.stop_at_eof()
+    try:
+        base = intake.Base.read(artifacts, _ref(artifacts, model)) if model else None
+        with intake.opened(path, data, limit) as archive:
+            report = intake.check(archive, name or Path(os.path.abspath(path)).stem, base=base, into=into)
+    except (SafelightError, OSError, MemoryError) as error:
+        if not as_json:
+            raise
+        print(json.dumps(_refusal(error)))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        _show_report(report)
+
+
+def _refusal(error: Exception) -> dict[str, Any]:
+    """The last word of a check that failed, for the program that started it."""
+    from training.events import code_of
+
+    if isinstance(error, SafelightError):
+        return {"code": code_of(error), "message": str(error)} | error.facts
+    if isinstance(error, MemoryError):
+        return {"code": "out_of_memory", "message": "checking this data set needs more memory than it may have"}
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return {"code": "disk_full" if full else "os_error", "message": str(error)}
+
+
+def _show_report(report: Any) -> None:
+    table = Table("class", "images", "train", "test", "in the model", title=f"{report.name}: {report.images} images")
+    known = report.base.known if report.base else {}
+    for row in report.classes:
+        counts = ("" if count is None else str(count) for count in (row.images, row.train, row.test))
+        table.add_row(row.name, *counts, known.get(row.name, "new" if report.base else ""))
+    out.print(table)
+    for rejection in report.rejected.first[:10]:
+        _tell(f"left out: {rejection.file}: {rejection.detail} ({rejection.code})")
+    for copy in (*report.duplicates.first[:5], *report.near_duplicates.first[:5]):
+        _tell(f"left out: {copy.file} is {copy.of} again")
+    left_out = (report.rejected.count, report.duplicates.count, report.near_duplicates.count)
+    _tell("{} files rejected, {} duplicates and {} near-duplicates left out".format(*left_out))
+    for note in report.notes:
+        _tell(f"note: {note}")
+    _tell(f"the data set is {report.id}")
+
+
+def _tell(line: str) -> None:
+    out.print(line, highlight=False, soft_wrap=True)
 
 
 def _go_on(command: str, folder: Path, options: Any, publish: bool = True) -> str:

@@ -25,15 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training import SafelightError
+from training.archives import MAX_FILE_BYTES
 from training.bundle.images import ImageRejected, Pixels, decode, fit
 from training.bundle.manifest import InputSpec
-from training.devices import processors
+from training.layout import BUILT_IN, DatasetError, below_root, places
+from training.processors import processors
 
-BUILT_IN = ("mnist", "cifar10")
-SPLITS = {"train": "train", "test": "test", "val": "val", "validation": "val"}
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-MAX_FILE_BYTES = 2**28  # of one picture, unpacked: a zip can promise anything
 UNSPLIT_TEST_SHARE = 0.2
 UNSPLIT_SEED = 0
 CACHE_FORMAT = 2
@@ -42,10 +39,6 @@ CACHE_FORMAT = 2
 UNREADABLE = (ImageRejected, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError)
 # What torchvision raises on files that are absent, and on files that were cut short.
 MISSING = (RuntimeError, OSError, ValueError, KeyError, AssertionError)
-
-
-class DatasetError(SafelightError):
-    """No data where it was looked for, or data that can't be trained on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -208,15 +201,16 @@ def class_folders(path: Path, spec: InputSpec, *, strict: bool = False) -> Datas
 def _files(path: Path) -> Iterator[Files]:
     if path.is_dir():
         found = (file for file in path.rglob("*") if file.is_file())
-        yield _below_root({PurePosixPath(file.relative_to(path).as_posix()): file.read_bytes for file in found})
+        files = {PurePosixPath(file.relative_to(path).as_posix()): file.read_bytes for file in found}
+        yield {below: files[path] for path, below in below_root(files).items()}
         return
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise DatasetError(f"{path} is neither a folder nor a readable zip ({error})") from error
     with archive:
-        infos = [info for info in archive.infolist() if not info.is_dir()]
-        yield _below_root({PurePosixPath(info.filename): partial(_unpack, archive, info) for info in infos})
+        infos = {PurePosixPath(info.filename): info for info in archive.infolist() if not info.is_dir()}
+        yield {below: partial(_unpack, archive, infos[path]) for path, below in below_root(infos).items()}
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -225,60 +219,17 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return archive.read(info)
 
 
-def _below_root(files: Files) -> Files:
-    """Leave out hidden and system files, and folders that merely wrap everything else."""
-    files = {
-        path: read
-        for path, read in files.items()
-        if not any(part.startswith((".", "__MACOSX")) or part == "Thumbs.db" for part in path.parts)
-    }
-    while files and len({path.parts[0] for path in files}) == 1 and min(len(path.parts) for path in files) > 2:
-        files = {PurePosixPath(*path.parts[1:]): read for path, read in files.items()}
-    return dict(sorted(files.items()))
-
-
-@dataclass(frozen=True)
-class _Picture:
-    name: str
-    read: Callable[[], bytes]
-    split: str  # "train", "val", "test", or "" where the tree doesn't say
-    label: str
-
-
-def _pictures(files: Files) -> tuple[list[_Picture], list[str]]:
-    """The pictures of each class, and what looks like a picture but lies where none belongs."""
-    pictures, misplaced = [], []
-    for path, read in files.items():
-        *folders, _ = path.parts
-        if len(folders) == 2 and folders[0] in SPLITS:
-            pictures.append(_Picture(str(path), read, SPLITS[folders[0]], folders[1]))
-        elif len(folders) == 1:
-            pictures.append(_Picture(str(path), read, "", folders[0]))
-        elif path.suffix.lower() in PICTURE_SUFFIXES:
-            misplaced.append(f"{path}: lies in no class's folder, or too deep in one")
-    if not pictures:
-        raise DatasetError(
-            "no pictures found: expected <class>/<picture>, or train/<class>/<picture> and test/<class>/<picture>"
-        )
-    if len({bool(picture.split) for picture in pictures}) == 2:
-        odd = next(picture for picture in pictures if not picture.split)
-        raise DatasetError(
-            f"some pictures lie under train/ and test/ and others, as {odd.name}, do not; use one layout"
-        )
-    return pictures, misplaced
-
-
 def _decode_all(name: str, files: Files, spec: InputSpec, strict: bool) -> Dataset:
-    pictures, misplaced = _pictures(files)
-    classes = tuple(sorted({picture.label for picture in pictures}))
+    pictures, misplaced = places(files)
+    classes = tuple(sorted({place.label for place in pictures.values()}))
     if len(classes) < 2:
         raise DatasetError(f"only one class, {classes[0]!r}; a classifier needs at least 2")
 
-    def decode_one(picture: _Picture) -> Pixels | str:
+    def decode_one(path: PurePosixPath) -> Pixels | str:
         try:
-            return decode(picture.read(), spec)
+            return decode(files[path](), spec)
         except UNREADABLE as error:
-            return f"{picture.name}: {error}"
+            return f"{path}: {error}"
 
     console = Console(stderr=True)
     with ThreadPoolExecutor(processors()) as pool:
@@ -291,18 +242,19 @@ def _decode_all(name: str, files: Files, spec: InputSpec, strict: bool) -> Datas
             disable=not console.is_terminal,
         )
         decoded = list(results)
-    skipped = (*(result for result in decoded if isinstance(result, str)), *misplaced)
+    lost = [f"{path}: lies in no class's folder, or too deep in one" for path in misplaced]
+    skipped = (*(result for result in decoded if isinstance(result, str)), *lost)
     if strict and skipped:
         raise DatasetError(f"{len(skipped)} pictures can't be read, the first of them {skipped[0]}")
-    good = [(picture, pixels) for picture, pixels in zip(pictures, decoded, strict=True) if not isinstance(pixels, str)]
+    good = [(pictures[path], item) for path, item in zip(pictures, decoded, strict=True) if not isinstance(item, str)]
     if not good:
         raise DatasetError(f"none of {len(pictures)} files could be read as a picture, the first of them {skipped[0]}")
     images = torch.from_numpy(np.stack([pixels for _, pixels in good]))  # [N, C, H, W]
-    labels = torch.tensor([classes.index(picture.label) for picture, _ in good])
-    splits = {picture.split for picture, _ in good}
+    labels = torch.tensor([classes.index(place.label) for place, _ in good])
+    splits = {place.split for place, _ in good}
     if "" not in splits:
         tested = "test" if "test" in splits else "val"
-        is_test = torch.tensor([picture.split == tested for picture, _ in good])
+        is_test = torch.tensor([place.split == tested for place, _ in good])
     else:
         is_test = _stratified(labels, UNSPLIT_TEST_SHARE, UNSPLIT_SEED)
     everything = Split(images, labels)

@@ -1,16 +1,11 @@
-"""What this machine is: its device, how many processors are ours, and which number format is fast."""
+"""What this machine is: its device, and which number format is fast on it."""
 
 import ctypes
-import math
-import os
 import sys
-from pathlib import Path
 
 import torch
 
 from training import SafelightError
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class DeviceUnavailable(SafelightError):
@@ -52,26 +47,6 @@ def training_precision(device: torch.device) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     has_tiles = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.bfloat16 if has_tiles else torch.float32
-
-
-def processors(cgroup: Path = CGROUP) -> int:
-    """Processors that this process may use: its affinity, and its container's CPU quota, whichever is less."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(cgroup)
-    return max(1, min(allowed, math.ceil(quota))) if quota else allowed
-
-
-def _cgroup_quota(cgroup: Path) -> float | None:
-    """CPUs' worth of time that the container may use, from cgroup v2 or v1; None where there is no limit."""
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def keep_freed_memory() -> None:

@@ -18,20 +18,23 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from training import SafelightError, checkpoint, datasets, events, gate
+from training import SafelightError, checkpoint, datasets, events, gate, intake
 from training.bundle import store
 from training.bundle.answers import Probabilities, probabilities
 from training.bundle.manifest import BundleError, DatasetFacts, Manifest, Parent, RecipeSpec, TrainingFacts
 from training.bundle.replay import REPLAY, read_replay
 from training.bundle.store import BundleRef
 from training.candidates import Candidate, head_of, learn, own_place, right
+from training.dataset_report import Report
 from training.datasets import Split, holdout
-from training.devices import choose_device, keep_freed_memory, processors, training_precision
+from training.devices import choose_device, keep_freed_memory, training_precision
 from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
+from training.layout import BUILT_IN, DatasetError
 from training.loop import Emit, Interrupted, arithmetic_of
 from training.memory import remember
 from training.networks import ConvNet, parameters
+from training.processors import processors
 from training.task import Past, Pictures, Plan, Task
 
 RUN = "run.json"
@@ -102,7 +105,7 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
     try:
         keep_freed_memory()
         torch.set_num_threads(processors())
-        task = prepare(plan, options, tell)
+        task = prepare(plan, folder, options, tell)
         candidate = learn(task, folder, tell, late)
         measured, verdict = judge(task, candidate, options)
         ref = publish(task, candidate, measured, verdict, time.perf_counter() - begun, options)
@@ -138,12 +141,13 @@ def failure(error: Exception) -> events.Failed:
 # --- what there is to learn from --------------------------------------------------------------------------------------
 
 
-def prepare(plan: Plan, options: Options, tell: Emit) -> Task:
+def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     """Check the pictures, load the base, and gather what is remembered of its data."""
     manifest = store.read_manifest(options.artifacts, plan.base)
     bundle = plan.base.path(options.artifacts)
     store.check_files(bundle, manifest)
-    pictures = load_pictures(plan, manifest, options, tell)
+    base = intake.Base(manifest, read_replay(bundle / REPLAY))
+    pictures = load_pictures(plan, base, folder, options, tell)
     classes = classes_of(plan, manifest, pictures)
     check_name(plan, classes, options)
     index = {label.casefold(): place for place, label in enumerate(classes)}
@@ -155,26 +159,31 @@ def prepare(plan: Plan, options: Options, tell: Emit) -> Task:
         classes=classes,
         pictures=pictures,
         labels=torch.tensor([index[label.casefold()] for label in pictures.classes])[pictures.everything.labels],
-        past=recall(plan, manifest, bundle, classes, options, tell),
+        past=recall(plan, base, classes, options, tell),
         flip=mirrored if plan.tuning.flip is None else plan.tuning.flip,
         device=choose_device(options.device),
     )
 
 
-def load_pictures(plan: Plan, manifest: Manifest, options: Options, tell: Emit) -> Pictures:
-    """Decode what intake accepts, or some pictures of a built-in set's training part."""
-    if plan.dataset in datasets.BUILT_IN:
-        found = datasets.load(plan.dataset, manifest.input, options.data)
-        count = plan.limit or len(found.train)
-        some, _ = holdout(found.train, 1 - count / len(found.train)) if count < len(found.train) else (found.train, 0)
-        tell(events.Validated(report={"name": found.name, "images": len(some), "classes": list(found.classes)}))
-        return Pictures(found.name, found.sha256, found.classes, some, None, 0)
-    found = datasets.class_folders(Path(plan.dataset), manifest.input)
+def load_pictures(plan: Plan, base: intake.Base, folder: Path, options: Options, tell: Emit) -> Pictures:
+    """Check every picture, then decode those that are accepted as the base sees them."""
+    report = accepted(plan, base, folder / DATA, options)
+    tell(events.Validated(report=report.model_dump(mode="json")))
+    found = datasets.class_folders(folder / DATA / intake.DATA, base.manifest.input)
     everything = Split(
         torch.cat([found.train.images, found.test.images]), torch.cat([found.train.labels, found.test.labels])
     )
-    tell(events.Validated(report={"name": found.name, "images": len(everything), "classes": list(found.classes)}))
-    return Pictures(found.name, found.sha256, found.classes, everything, None, len(found.skipped))
+    is_test = torch.arange(len(everything)) >= len(found.train) if report.divided else None
+    return Pictures(report.name, found.sha256, found.classes, everything, is_test, report.rejected.count)
+
+
+def accepted(plan: Plan, base: intake.Base, into: Path, options: Options) -> Report:
+    """Have the pictures checked, once: a run that goes on finds what was accepted."""
+    if (into / intake.REPORT).exists():
+        return Report.model_validate_json((into / intake.REPORT).read_bytes())
+    shutil.rmtree(into, ignore_errors=True)  # what a kill left of it
+    with intake.opened(plan.dataset, options.data, plan.limit) as archive:
+        return intake.check(archive, Path(plan.dataset).stem, base=base, into=into)
 
 
 def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:
@@ -197,18 +206,16 @@ def check_name(plan: Plan, classes: tuple[str, ...], options: Options) -> None:
         )
 
 
-def recall(
-    plan: Plan, manifest: Manifest, bundle: Path, classes: tuple[str, ...], options: Options, tell: Emit
-) -> Past:
+def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Options, tell: Emit) -> Past:
     """The base's own data where it is there, else what its bundle remembers; nothing where its classes go."""
+    manifest, features = base.manifest, base.replay
     if classes[: len(manifest.classes)] != manifest.classes:
         return Past()
-    features = read_replay(bundle / REPLAY)
     source = manifest.training.dataset.name
-    if options.data is not None and source in datasets.BUILT_IN:
+    if options.data is not None and source in BUILT_IN:
         try:
             found = datasets.load(source, manifest.input, options.data)
-        except datasets.DatasetError as error:
+        except DatasetError as error:
             tell(events.Notice(message=f"the base's own data isn't here ({error}); its bundle's features stand in"))
         else:
             fitted, check = holdout(found.train, float(manifest.recipe.settings.get("holdout", 0.02)))

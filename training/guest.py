@@ -1,4 +1,4 @@
-"""What keeps a run from being a burden: low priority, limits, and an end when whoever started it is gone."""
+"""A process that must not get in anybody's way: low priority, bounded memory, gone when its parent is."""
 
 import fcntl
 import os
@@ -19,28 +19,25 @@ class FolderBusy(SafelightError):
     """Another process is at work in the run's folder."""
 
 
-def yield_to_others() -> None:
-    """Run at the lowest priority: whatever else wants a processor gets it first."""
+def step_back() -> None:
+    """Take the processor only where nobody else wants it."""
     os.nice(19)
 
 
-def limit_memory(limit: int) -> None:
-    """Have allocations beyond this many bytes fail, instead of bringing the machine down.
-
-    Of private, writable memory: what is mapped from files, or merely reserved, doesn't count.
-    """
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def limit_memory(size: int) -> None:
+    """Of what is allocated; beyond that, MemoryError. Not of address space, which libraries reserve by the gigabyte."""
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def stop_at_eof() -> None:
-    """End as on SIGTERM once standard input ends: then whoever started this and held the other end has died."""
+    """As on SIGTERM once stdin ends, which it does when the parent that holds its other end dies, however it does."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1024):
+        while os.read(sys.stdin.fileno(), 1024):  # not through the buffer, whose lock would be in the way at the end
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=wait, name="parent", daemon=True).start()
+    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from training.checkpoint import CheckpointError, load_network
 from training.devices import choose_device
 from training.evaluate import confusion, infer, metrics
 from training.export import read_module
+from training.layout import BUILT_IN
 
 MAX_LOGIT_DIFFERENCE = 1e-3  # ten times what export allows: another processor adds in another order
 
@@ -82,7 +83,7 @@ def evaluate(
     manifest, module = load(ref, artifacts)
     place = choose_device(device)
     source = dataset or manifest.training.dataset.name
-    if dataset is None and source not in datasets.BUILT_IN:
+    if dataset is None and source not in BUILT_IN:
         raise SafelightError(f"{ref} was trained on {source!r}, a folder or zip; say where it is with --dataset")
     found = datasets.load(source, manifest.input, data, strict=strict, download=download)
     if found.classes != manifest.classes:

@@ -10,11 +10,12 @@ from training import SafelightError, checkpoint, datasets, events, report
 from training.bundle import store
 from training.bundle.manifest import Metrics, ModelName
 from training.bundle.store import BundleRef
-from training.devices import choose_device, keep_freed_memory, processors
+from training.devices import choose_device, keep_freed_memory
 from training.export import export, measure, origin
 from training.loop import CHECKPOINT, Diverged, Emit, Trained, train
 from training.memory import remember
 from training.networks import cost
+from training.processors import processors
 from training.recipes import Recipe
 
 RUN = "run.json"

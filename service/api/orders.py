@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,9 +16,9 @@ from starlette.datastructures import FormData, UploadFile
 
 from service.api.bodies import form, media_type
 from service.api.schemas import TrainRequest, TrainSettings
-from service.errors import KeyInvalid, MalformedBody, NameTaken, UnsupportedBody
+from service.errors import DatasetNotFound, KeyInvalid, MalformedBody, NameTaken, UnsupportedBody
 from service.inference.registry import Registry
-from service.jobs.datasets import DatasetNotFound, DatasetStore
+from service.jobs.datasets import DatasetStore
 from service.jobs.job import Builtin, Dataset, Order
 from service.jobs.store import JobStore
 from service.settings import Settings
@@ -117,9 +117,8 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
     store.check_model_name(name)
     tuning = Tuning.parse(wanted.recipe)
     dataset, classes = await _data(asked.dataset, str(base.ref), datasets, settings)
-    if classes and tuning.keep_classes and base.manifest:
-        classes |= set(base.manifest.classes)
-    _check_classes(registry, name, classes)
+    if classes and base.manifest:
+        _check_classes(registry, name, _new_classes(base.manifest.classes, classes, tuning))
     return Order(
         model=base.ref.model,
         version=base.ref.version,
@@ -134,34 +133,43 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
 
 async def _data(
     dataset: Dataset | UploadFile, base: str, datasets: DatasetStore, settings: Settings
-) -> tuple[Dataset, set[str]]:
+) -> tuple[Dataset, Sequence[str]]:
     """The data set as a job names it, and its classes, as far as they are known."""
     if isinstance(dataset, Builtin):
         if settings.data is None:
             name = dataset.builtin
             raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
-        return dataset, set()
+        return dataset, ()
     if isinstance(dataset, UploadFile):
         record = await datasets.receive(chunks(dataset), model=base)
     else:
         record = await asyncio.to_thread(datasets.get, dataset)
-    return record.id, set(record.classes)
+    return record.id, record.classes
 
 
-def _check_classes(registry: Registry, name: str, classes: set[str]) -> None:
+def _new_classes(base: Sequence[str], found: Sequence[str], tuning: Tuning) -> list[str]:
+    """The base's where the pictures bring no other; else theirs, and the base's too if those are kept."""
+    known = {label.casefold() for label in base}
+    new = [label for label in found if label.casefold() not in known]
+    return [*base, *new] if tuning.keep_classes or not new else list(found)
+
+
+def _check_classes(registry: Registry, name: str, classes: Sequence[str]) -> None:
     """A model keeps its classes from version to version. Raises NameTaken."""
     line = registry.lines.get(name)
-    entry = line.entries.get(line.active or "") if line else None
-    if not classes or entry is None or entry.manifest is None:
+    entries = [entry for entry in line.entries.values() if entry.manifest] if line else []
+    if not entries:
         return
-    if {label.casefold() for label in entry.manifest.classes} != {label.casefold() for label in classes}:
+    newest = entries[-1].manifest
+    assert newest
+    if {label.casefold() for label in newest.classes} != {label.casefold() for label in classes}:
         raise NameTaken(
-            f"model {name} has the classes {_listed(entry.manifest.classes)}; the new version would have "
-            f"{_listed(sorted(classes))}: give it another `name`"
+            f"model {name} has the classes {_listed(newest.classes)}; the new version would have "
+            f"{_listed(classes)}: give it another `name`"
         )
 
 
-def _listed(labels: tuple[str, ...] | list[str]) -> str:
+def _listed(labels: Sequence[str]) -> str:
     shown = ", ".join(label[:40] for label in labels[:10])
     return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
 

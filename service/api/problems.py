@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service import errors
-from service.jobs.datasets import DatasetNotFound
 from service.telemetry import ERRORS
 from training import SafelightError
 from training.bundle import images, store, tuning
@@ -55,7 +54,7 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.InferenceFailed: Kind(500, "inference_failed", "The model failed"),
     errors.ClientGone: Kind(499, "client_gone", "The client went away"),
     errors.NotReady: Kind(503, "not_ready", "Not ready"),
-    DatasetNotFound: Kind(404, "dataset_not_found", "No such data set"),
+    errors.DatasetNotFound: Kind(404, "dataset_not_found", "No such data set"),
     errors.JobNotFound: Kind(404, "job_not_found", "No such job"),
     errors.JobFileNotFound: Kind(404, "job_file_not_found", "The job has no such file here"),
     errors.JobStateConflict: Kind(409, "job_state_conflict", "Not possible in the state that the job is in"),

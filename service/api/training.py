@@ -13,7 +13,6 @@ from service.api.dependencies import DatasetsDep, JobsDep, LifecycleDep, Registr
 from service.api.schemas import Events, Jobs, TrainRequest
 from service.jobs import history
 from service.jobs.child import LOG
-from service.jobs.datasets import DatasetNotFound
 from service.jobs.job import ID, TERMINAL, Job, Status
 from service.jobs.runner import CURVE
 from training.bundle import store
@@ -46,7 +45,7 @@ _BODY = {"application/json": {"schema": _JSON}, "multipart/form-data": {"schema"
         store.NameInvalid,
         errors.NameTaken,
         TuningInvalid,
-        DatasetNotFound,
+        errors.DatasetNotFound,
         errors.BodyTooLarge,
         errors.UnsupportedBody,
         errors.MalformedBody,

@@ -5,6 +5,7 @@ stops by itself.
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 LOG = "log.txt"
 IDENTITY = "child.json"  # process id and start time
+LOCK = ".lock"  # a process holds it for as long as it works in the folder
 
 PROC = Path("/proc")
 CGROUPS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))  # version 2, 1
@@ -60,20 +62,37 @@ class Child:
 async def end_leftover(folder: Path, grace_seconds: float) -> None:
     """Wait until the process that a dead service left behind in this folder is gone; after the grace, end it.
 
-    Nothing is done where /proc doesn't show that the process with this id is still the one that was started here.
+    It is ended only where /proc shows that the process of that id is still the one that was started here.
     """
+    patience = time.monotonic() + grace_seconds
+    while (pid := _pid(folder)) or _is_locked(folder):
+        if time.monotonic() > patience:
+            if pid is None:
+                return  # whoever it is, the next process will say so
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        await asyncio.sleep(0.05)
+
+
+def _pid(folder: Path) -> int | None:
+    """The process that was started last in a folder, while it lives."""
     try:
         identity = json.loads((folder / IDENTITY).read_bytes())
         pid, started = identity["pid"], identity["started"]
     except (OSError, ValueError, KeyError):
-        return
-    patience = time.monotonic() + grace_seconds
-    while started is not None and _start_time(pid) == started:
-        if time.monotonic() > patience:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        await asyncio.sleep(0.05)
-    (folder / IDENTITY).unlink(missing_ok=True)
+        return None
+    return pid if started is not None and _start_time(pid) == started else None
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _start_time(pid: int) -> str | None:

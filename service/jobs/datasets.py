@@ -4,11 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.errors import ServiceError
-
-
-class DatasetNotFound(ServiceError):
-    pass
+from service.errors import DatasetNotFound
 
 
 @dataclass(frozen=True)

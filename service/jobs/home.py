@@ -5,9 +5,13 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from service.errors import StateUnwritable
+from training import SafelightError
 
 NAME = "home"
+
+
+class StateUnwritable(SafelightError):
+    """The state folder can't be made or written: the service doesn't start."""
 
 
 def home(state: Path) -> str:

@@ -187,6 +187,7 @@ class Runner:
             sitting.stop()
         try:
             folder.mkdir(exist_ok=True)
+            await end_leftover(folder, self._machine.grace_seconds)
             code = await sitting.run(self._command(job, folder, left))
             asked = await asyncio.to_thread(self._jobs.get, job_id)  # what was asked for meanwhile
             ending = sitting.ending(asked, code)

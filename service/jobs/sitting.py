@@ -25,6 +25,10 @@ INTERRUPTED = 130  # the exit code after SIGTERM
 
 WANT_OF_MEMORY = re.compile(rb"MemoryError|bad_alloc|[Cc]annot allocate memory|can't allocate memory|[Oo]ut of memory")
 
+SMALLER = "start it again with fewer pictures or epochs"
+OUT_OF_MEMORY = "the memory didn't suffice"
+MORE_MEMORY = f"give it more (SAFELIGHT_JOB_MEMORY_BYTES), or {SMALLER}"
+
 Ending = tuple[Status, dict[str, Any]]  # the job's next state, and what changes with it
 
 
@@ -128,13 +132,11 @@ class Sitting:
             return ending
         if self.overdue:
             return failure("deadline_passed", "the job took longer than it may (SAFELIGHT_JOB_SECONDS); " + SMALLER)
-        if code is not None and code >= 0 and code != INTERRUPTED:
-            return failure("unexpected_exit", self._last_words(code))
-        if job.wanted == "pause":
-            return "paused", {}
-        if self.asked_at is not None:
-            return "queued", {}
-        return self._death(job, code)
+        if self.asked_at is not None:  # whatever its exit code: the signal may have met it anywhere
+            return ("paused" if job.wanted == "pause" else "queued"), {}
+        if code is None or code < 0 or code == INTERRUPTED:
+            return self._death(job, code)
+        return self._unexplained(code)
 
     def _death(self, job: Job, code: int | None) -> Ending:
         """Nobody here ended it: it goes on from its checkpoint, unless that has come to nothing too often."""
@@ -148,20 +150,22 @@ class Sitting:
 
     def _given_up(self, code: int | None) -> Ending:
         killed = code == -signal.SIGKILL and out_of_memory_kills() > self._memory_kills
-        if killed or WANT_OF_MEMORY.search(log_end(self._folder)):
-            reason = f"the memory didn't suffice, {MOST_DEATHS} times in a row; "
-            return failure("out_of_memory", reason + "give it more (SAFELIGHT_JOB_MEMORY_BYTES), or " + SMALLER)
+        if killed or self._memory_ran_out():
+            return failure("out_of_memory", f"{OUT_OF_MEMORY}, {MOST_DEATHS} times in a row; {MORE_MEMORY}")
         how = f"by {signal.Signals(-code).name}" if code and code < 0 else "from outside"
         reason = f"the training process was ended {how}, {MOST_DEATHS} times in a row, before it could get on; "
         return failure("crashed", reason + "its log may say why; start the job again once the cause is gone")
 
-    def _last_words(self, code: int) -> str:
+    def _unexplained(self, code: int) -> Ending:
+        if self._memory_ran_out():
+            return failure("out_of_memory", f"{OUT_OF_MEMORY}; {MORE_MEMORY}")
         lines = log_end(self._folder).decode(errors="replace").strip().splitlines()
         words = f": {lines[-1][:300]}" if lines else ""
-        return f"the training process ended with exit code {code} and didn't say why{words}; its log may say more"
+        reason = f"the training process ended with exit code {code} and didn't say why{words}; its log may say more"
+        return failure("unexpected_exit", reason)
 
-
-SMALLER = "start it again with fewer pictures or epochs"
+    def _memory_ran_out(self) -> bool:
+        return WANT_OF_MEMORY.search(log_end(self._folder)) is not None
 
 
 def read_all(folder: Path) -> Seen:

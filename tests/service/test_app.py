@@ -6,7 +6,7 @@ import pytest
 
 from service.app import engine_limits
 from service.settings import Settings
-from training.devices import processors
+from training.processors import processors
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, 0), (2, 0), (64, 0), (2, 5)])

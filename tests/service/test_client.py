@@ -17,6 +17,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         make_bundle(folder / "artifacts", activate=False)
     make_bundle(folder / "artifacts", "slow", module=Slow())
     settings = {"default_model": "greys", "max_images": "4", "queue_size": "4", "max_batch": "1"}
+    settings |= {"concurrent_jobs": "0", "data": str(folder)}
     with serving(folder / "artifacts", folder, **settings) as server:
         yield server
 
@@ -49,6 +50,50 @@ def test_every_call_of_the_async_client(server: Server, tmp_path: Path) -> None:
             assert (await safelight.activate("greys", "1")).active == "1"
             assert (await safelight.info()).limits["max_images"] == 4
             assert (await safelight.ready()).status == "ready"
+
+    asyncio.run(main())
+
+
+MNIST = {"builtin": "mnist", "limit": 100}
+
+
+def test_every_call_about_jobs(server: Server) -> None:
+    with Client(server.url) as safelight:
+        job = safelight.train(MNIST, model="greys", name="shades", recipe={"epochs": 2}, seed=1, promote="always")
+        assert (job.status, job.name, job.recipe, job.seed, job.promote) == (
+            "queued",
+            "shades",
+            {"epochs": 2},
+            1,
+            "always",
+        )
+        assert safelight.train(MNIST, model="greys", idempotency_key="k") == (
+            second := safelight.train(MNIST, model="greys", idempotency_key="k")
+        )
+        assert safelight.jobs(limit=2) == [second, job]
+        assert safelight.jobs(after=second.id, status="queued", limit=1) == [job]
+        assert safelight.job(job.id) == job
+        assert safelight.events(job.id, after=0, limit=5) == []
+        assert safelight.pause(job.id).status == "paused"
+        assert safelight.resume(job.id).status == "queued"
+        with pytest.raises(TimeoutError, match=f"{job.id} is still queued"):
+            safelight.wait(job.id, timeout=0)
+        assert safelight.cancel(job.id) == safelight.wait(job.id)
+
+
+def test_every_asynchronous_call_about_jobs(server: Server) -> None:
+    async def main() -> None:
+        async with AsyncClient(server.url) as safelight:
+            job = await safelight.train(MNIST, model="greys", version="2", name="shades")
+            assert (job.status, job.version, job.name) == ("queued", "2", "shades")
+            assert (await safelight.jobs(limit=1)) == [job]
+            assert await safelight.job(job.id) == job
+            assert await safelight.events(job.id) == []
+            assert (await safelight.pause(job.id)).status == "paused"
+            assert (await safelight.resume(job.id)).status == "queued"
+            with pytest.raises(TimeoutError):
+                await safelight.wait(job.id, timeout=0)
+            assert await safelight.cancel(job.id) == await safelight.wait(job.id)
 
     asyncio.run(main())
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import squares, write_class_folders
 from training import datasets
 from training.bundle.manifest import InputSpec
-from training.datasets import Dataset, DatasetError, Split, class_folders, holdout
+from training.datasets import Dataset, Split, class_folders, holdout
+from training.layout import DatasetError
 
 SPEC = InputSpec(channels=1, height=12, width=12, fit="stretch")
 COLOUR = InputSpec(channels=3, height=6, width=8, fit="stretch")

@@ -48,8 +48,8 @@ def bars(root: Path, count: int, *, seed: int = 0, kinds: str = "across down cro
 def inverted_squares(root: Path, count: int) -> Path:
     """What tiny@1 knows, dark on light: it must guess."""
     dataset = squares(count, seed=50)
-    split = type(dataset.train)(255 - dataset.train.images, dataset.train.labels)
-    return write_class_folders(root, type(dataset)("inverted", dataset.classes, split, split))
+    splits = [type(split)(255 - split.images, split.labels) for split in (dataset.train, dataset.test)]
+    return write_class_folders(root, type(dataset)("inverted", dataset.classes, *splits))
 
 
 def plan(dataset: Path, **changes: Any) -> Plan:

@@ -16,7 +16,7 @@ from training.bundle.golden import GoldenMismatch
 from training.bundle.images import FORMATS
 from training.bundle.manifest import CHECKPOINT, GOLDEN, MANIFEST, MODULE, BundleError, ManifestInvalid
 from training.bundle.store import BundleRef, DigestMismatch, FileMalformed, FileMissing
-from training.datasets import DatasetError
+from training.layout import DatasetError
 
 TINY_1, GREYS_1 = BundleRef("tiny", "1"), BundleRef("greys", "1")
 

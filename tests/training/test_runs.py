@@ -13,7 +13,7 @@ from training import events, runs
 from training.bundle import store
 from training.bundle.store import BundleRef
 from training.checkpoint import CheckpointError
-from training.datasets import DatasetError
+from training.layout import DatasetError
 from training.loop import CHECKPOINT, Interrupted
 from training.runs import Options, Plan, Published, RunError
 

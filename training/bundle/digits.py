@@ -23,7 +23,7 @@ def fit_digit(grey: Grey, size: tuple[int, int]) -> Grey:
     negative is inverted."""
     width, height = size
     if grey.shape == (height, width):
-        border = _border(grey).mean()
+        border = border_pixels(grey).mean()
         if border < 64:
             return grey
         if border > 191:
@@ -39,7 +39,7 @@ def fit_digit(grey: Grey, size: tuple[int, int]) -> Grey:
     return _centre(_resize(digit, scale), height, width)
 
 
-def _border(grey: Grey) -> Grey:
+def border_pixels(grey: Grey) -> Grey:
     return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
 
 
@@ -70,7 +70,7 @@ def _paper(grey: Floats) -> Floats:
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
     values = grey.ravel()
-    border = _border(grey.astype(np.uint8))
+    border = border_pixels(grey.astype(np.uint8))
     surface = np.full_like(values, np.median(border))
     tolerance = max(24.0, 2.0 * float(border.std()))
     for _ in range(4):

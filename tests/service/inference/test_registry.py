@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from service.errors import (
     ArtifactsUnwritable,
     ModelNotFound,
+    NothingActive,
     NotReady,
     VersionActive,
     VersionNotFound,
@@ -582,3 +583,37 @@ def test_a_version_that_was_replaced_while_a_request_waited_for_it_is_the_new_on
         assert registry.entry("greys", "2").predictor is predictor
 
     run(artifacts, test, loaded_versions=1)
+
+
+def test_a_model_that_is_held_back_answers_only_by_number_until_a_version_is_activated(artifacts: Path) -> None:
+    store.hold_back(artifacts, "pets")
+    make_bundle(artifacts, "pets", activate=False)
+
+    async def test(registry: Registry) -> None:
+        await registry.scan()
+        with pytest.raises(NothingActive) as refusal:
+            registry.entry("pets", None)
+        assert str(refusal.value) == (
+            "no version of pets is active: none has passed its gate yet; name one (version=1), or let one answer: "
+            "PUT /models/pets/active"
+        )
+        assert await ask(registry, 4, "pets", "1") == "grey-4 by pets@1"
+        await registry.activate("pets", "1")
+        assert await ask(registry, 4, "pets") == "grey-4 by pets@1"
+        await registry.scan()
+        assert await ask(registry, 4, "pets") == "grey-4 by pets@1"
+
+    run(artifacts, test)
+
+
+def test_a_model_that_is_held_back_while_it_answers_stops_answering(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        store.hold_back(artifacts, "greys")
+        await registry.scan()
+        with pytest.raises(NothingActive):
+            registry.entry("greys", None)
+        store.activate(artifacts, BundleRef("greys", "1"))
+        await registry.scan()
+        assert await ask(registry, 4) == "grey-4 by greys@1"
+
+    run(artifacts, test)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from service.errors import ServiceError
+from service.errors import DatasetNotFound
 from service.jobs.job import Error, Job
 from service.jobs.runner import Keeping, Machine, Runner
 from service.jobs.store import JobStore
@@ -24,10 +24,6 @@ from tests.service.jobs.conftest import order
 PROGRAM = Path(__file__).parent / "training_program.py"
 WEEK_AND_QUARTER = Keeping(checkpoints=7, jobs=90)
 SUMMARY = "fixed 9 of 10, broke 1; promoted"
-
-
-class DatasetNotFound(ServiceError):
-    pass
 
 
 class Workshop:

@@ -342,6 +342,15 @@ def test_deleting_what_is_not_there_is_an_error_and_leaves_nothing(root: Path, p
 # --- any sequence of these --------------------------------------------------------------------------------------------
 
 
+def test_a_model_that_is_held_back_has_no_answering_version_until_one_is_activated(tmp_path: Path) -> None:
+    store.hold_back(tmp_path, "greys")
+    ref = publish_into(tmp_path)
+    assert (store.held_back(tmp_path, "greys"), store.active(tmp_path, "greys")) == (True, None)
+    assert store.answering(tmp_path, "greys") is None
+    store.activate(tmp_path, ref)
+    assert (store.held_back(tmp_path, "greys"), store.answering(tmp_path, "greys")) == (False, ref)
+
+
 class Stored(RuleBasedStateMachine):
     """Publish, activate, delete and fail in any order; beside the store runs the simplest model of it."""
 
