@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import telemetry
-from service.api import health, models, predictions, problems, training
+from service.api import health, models, openai, predictions, problems, training
 from service.api.middleware import BodyLimit, Observe
 from service.inference.registry import Limits, Registry
 from service.jobs.datasets import DatasetStore
@@ -51,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(predictions.router, tags=["predict"])
     app.include_router(models.router, tags=["models"])
     app.include_router(training.router, tags=["train"])
+    app.include_router(openai.router, tags=["openai"])
     app.include_router(health.router, tags=["health"])
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
 

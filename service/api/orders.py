@@ -3,29 +3,32 @@
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from service.api.bodies import form, media_type
 from service.api.schemas import TrainRequest, TrainSettings
-from service.errors import DatasetNotFound, MalformedBody, NameTaken, UnsupportedBody
+from service.errors import DatasetNotFound, KeyInvalid, MalformedBody, NameTaken, UnsupportedBody
 from service.inference.registry import Registry
 from service.jobs.datasets import DatasetStore
 from service.jobs.job import Builtin, Dataset, Order
+from service.jobs.store import JobStore
 from service.settings import Settings
 from training.bundle import store
 from training.bundle.tuning import Tuning
 
-Body = TypeVar("Body", bound=TrainSettings)
+Body = TypeVar("Body", bound=BaseModel)
 
 CHUNK_BYTES = 2**20
+KEY = re.compile(r'"?([\x21\x23-\x7e]{1,255})"?')  # with or without the quotes that the draft standard asks for
 HINT = "send one archive as a part named `dataset`, and `model`, `name` … as parts beside it"
 
 
@@ -40,7 +43,7 @@ class Asked:
         """Equal for requests that ask for the same."""
         digest = hashlib.sha256(json.dumps(self.settings.model_dump(mode="json"), sort_keys=True).encode())
         if isinstance(self.dataset, UploadFile):
-            async for chunk in _chunks(self.dataset):
+            async for chunk in chunks(self.dataset):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -50,7 +53,7 @@ async def read(request: Request) -> AsyncIterator[Asked]:
     """Raises UnsupportedBody, MalformedBody, RequestValidationError, and BodyTooLarge while the body streams in."""
     kind = media_type(request)
     if kind == "application/json":
-        asked = _checked(TrainRequest, await request.body())
+        asked = checked(TrainRequest, await request.body())
         yield Asked(asked, asked.dataset)
     elif kind == "multipart/form-data":
         too_many = MalformedBody(f"more than one file in the form; {HINT}")
@@ -68,17 +71,42 @@ def _from_form(parts: FormData) -> Asked:
             values["recipe"] = json.loads(recipe)
     if isinstance(upload := values.get("dataset"), UploadFile):
         del values["dataset"]
-        return Asked(_checked(TrainSettings, values), upload)
-    asked = _checked(TrainRequest, values)
+        return Asked(checked(TrainSettings, values), upload)
+    asked = checked(TrainRequest, values)
     return Asked(asked, asked.dataset)
 
 
-def _checked(kind: type[Body], content: bytes | dict[str, object]) -> Body:
+def checked(kind: type[Body], content: bytes | dict[str, object]) -> Body:
     try:
         return kind.model_validate(content) if isinstance(content, dict) else kind.model_validate_json(content)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         raise RequestValidationError([item | {"loc": ("body", *item["loc"])} for item in found]) from error
+
+
+def key_of(given: str | None) -> str | None:
+    """An Idempotency-Key without its quotes. Raises KeyInvalid."""
+    if given is None:
+        return None
+    if match := KEY.fullmatch(given):
+        return match[1]
+    raise KeyInvalid("an Idempotency-Key is 1 to 255 visible ASCII characters, in double quotes or not")
+
+
+async def place(
+    asked: Asked, key: str | None, registry: Registry, settings: Settings, datasets: DatasetStore, jobs: JobStore
+) -> dict[str, Any]:
+    """Queue a job: its JSON. A request that comes again with its key gets what it got first."""
+    if key and (answered := await asyncio.to_thread(jobs.claim, key, await asked.fingerprint())):
+        return answered
+    try:
+        order = await settle(asked, registry, datasets, settings)
+        job = await asyncio.to_thread(jobs.create, order, queue_size=settings.queued_jobs, key=key)
+    except BaseException:
+        if key:
+            await asyncio.to_thread(jobs.release, key)
+        raise
+    return job.model_dump(mode="json")
 
 
 async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings) -> Order:
@@ -99,6 +127,7 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
         seed=wanted.seed,
         promote=wanted.promote,
         recipe=wanted.recipe,
+        metadata=wanted.metadata,
     )
 
 
@@ -112,7 +141,7 @@ async def _data(
             raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
         return dataset, ()
     if isinstance(dataset, UploadFile):
-        record = await datasets.receive(_chunks(dataset), model=base)
+        record = await datasets.receive(chunks(dataset), model=base)
     else:
         record = await asyncio.to_thread(datasets.get, dataset)
     return record.id, record.classes
@@ -145,7 +174,7 @@ def _listed(labels: Sequence[str]) -> str:
     return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
 
 
-async def _chunks(upload: UploadFile) -> AsyncIterator[bytes]:
+async def chunks(upload: UploadFile) -> AsyncIterator[bytes]:
     """The file, from its beginning."""
     await upload.seek(0)
     while chunk := await upload.read(CHUNK_BYTES):

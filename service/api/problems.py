@@ -1,6 +1,10 @@
-"""Errors to replies: one table gives each a status, a stable code and a title; one body for all, RFC 9457."""
+"""Errors to replies: one table gives each a status, a stable code and a title.
+
+One body for all, RFC 9457's; but under /v1, where OpenAI's clients ask, theirs.
+"""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +19,9 @@ from training import SafelightError
 from training.bundle import images, store, tuning
 
 MEDIA_TYPE = "application/problem+json"
+OPENAI = "/v1/"
+OWN_ID = re.compile(r"\b(job|ds)-(?=[0-9a-f]{16})")
+OPENAI_IDS = {"job": "ftjob-", "ds": "file-"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,27 @@ def reply(
 ) -> JSONResponse:
     """A problem as the whole reply; its code goes into the request's log line."""
     request.state.log["code"] = kind.code
+    if request.url.path.startswith(OPENAI):
+        return _openai_reply(kind, detail, headers or {}, facts)
     return JSONResponse(body(kind, detail, request.state.request_id, **facts), kind.status, headers, MEDIA_TYPE)
+
+
+def _openai_reply(kind: Kind, detail: str, headers: dict[str, str], facts: dict[str, Any]) -> JSONResponse:
+    """The same in OpenAI's shape; `param` is what was wrong, as far as it has a name."""
+    ERRORS.labels(kind.code).inc()
+    if kind.status == 409 and "Retry-After" not in headers:
+        headers = headers | {"X-Should-Retry": "false"}  # the client would try again twice, as with a lock
+    named = [wrong["parameter"].partition(".")[2] for wrong in facts.get("errors", ())]
+    param = named[0] if named else facts.get("param") or facts.get("setting")
+    message = OWN_ID.sub(lambda match: OPENAI_IDS[match[1]], detail)
+    error = {"message": message, "type": _openai_type(kind.status), "param": param or None, "code": kind.code}
+    return JSONResponse({"error": error}, kind.status, headers)
+
+
+def _openai_type(status: int) -> str:
+    if status >= 500:
+        return "server_error"
+    return "rate_limit_error" if status == 429 else "invalid_request_error"
 
 
 # --- handlers, for FastAPI to call ---

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.jobs.job import Dataset, Job, Promote
+from service.jobs.job import Dataset, Job, Metadata, Promote
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
 
@@ -124,6 +124,7 @@ class TrainSettings(BaseModel):
     recipe: dict[str, Any] = Field({}, description="settings of fine-tuning that are to differ from their defaults")
     seed: int = Field(0, ge=0, le=2**32 - 1)
     promote: Promote = Field("if_better", description="when the new version is to answer")
+    metadata: Metadata = {}
 
 
 class TrainRequest(TrainSettings):

@@ -1,9 +1,8 @@
 """Fine-tuning jobs: start one, watch it, pause, resume or cancel it."""
 
 import asyncio
-import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -15,14 +14,12 @@ from service.api.schemas import Events, Jobs, TrainRequest
 from service.jobs import history
 from service.jobs.child import LOG
 from service.jobs.job import ID, TERMINAL, Job, Status
-from service.jobs.runner import CURVE, Runner
-from service.jobs.store import JobStore
+from service.jobs.runner import CURVE
 from training.bundle import store
 from training.bundle.tuning import TuningInvalid
 
 router = APIRouter(prefix="/train")
 
-KEY = re.compile(r'"?([\x21\x23-\x7e]{1,255})"?')  # with or without the quotes that the draft standard asks for
 LOOK_AGAIN_SECONDS = "1"
 
 _JSON = TrainRequest.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -70,29 +67,11 @@ async def train(
     idempotency_key: Annotated[str | None, Header(description="a repeated request gets the first answer")] = None,
 ) -> Response:
     """Start a fine-tuning job: JSON that names a data set, or a form that holds the archive itself."""
-    key = None if idempotency_key is None else _key(idempotency_key)
+    key = orders.key_of(idempotency_key)
     async with orders.read(request) as asked:
-        if key and (answered := await asyncio.to_thread(jobs.claim, key, await asked.fingerprint())):
-            return _accepted(answered)
-        try:
-            order = await orders.settle(asked, registry, datasets, settings)
-            job = await asyncio.to_thread(jobs.create, order, queue_size=settings.queued_jobs, key=key)
-        except BaseException:
-            if key:
-                await asyncio.to_thread(jobs.release, key)
-            raise
+        job = await orders.place(asked, key, registry, settings, datasets, jobs)
     runner.wake()
-    request.state.log["job"] = job.id
-    return _accepted(job.model_dump(mode="json"))
-
-
-def _key(given: str) -> str:
-    if match := KEY.fullmatch(given):
-        return match[1]
-    raise errors.KeyInvalid("an Idempotency-Key is 1 to 255 visible ASCII characters, in double quotes or not")
-
-
-def _accepted(job: dict[str, Any]) -> JSONResponse:
+    request.state.log["job"] = job["id"]
     return JSONResponse(job, 202, {"Location": f"/train/{job['id']}", "Retry-After": LOOK_AGAIN_SECONDS})
 
 
@@ -137,7 +116,7 @@ async def get_events(
 ) -> Response:
     """What the run has told, as JSON; with `Accept: text/event-stream`, as it comes."""
     job = await asyncio.to_thread(jobs.get, job_id)
-    path = _folder(job, jobs, runner) / history.EVENTS
+    path = runner.folder_of(job) / history.EVENTS
     if server_sent.MEDIA_TYPE not in request.headers.get("accept", ""):
         found, more = await asyncio.to_thread(history.page, path, after=after, limit=limit)
         return JSONResponse({"events": found, "has_more": more})
@@ -156,7 +135,7 @@ async def get_events(
 async def get_log(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Response:
     """What the job's processes have printed, as text."""
     job = await asyncio.to_thread(jobs.get, job_id)
-    content = await asyncio.to_thread(_content, _folder(job, jobs, runner) / LOG)
+    content = await asyncio.to_thread(_content, runner.folder_of(job) / LOG)
     return PlainTextResponse(content or b"")
 
 
@@ -164,16 +143,10 @@ async def get_log(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Response:
 async def get_curve(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Response:
     """The learning curve so far, as a picture."""
     job = await asyncio.to_thread(jobs.get, job_id)
-    content = await asyncio.to_thread(_content, _folder(job, jobs, runner) / CURVE)
+    content = await asyncio.to_thread(_content, runner.folder_of(job) / CURVE)
     if content is None:
         raise errors.JobFileNotFound(f"{job_id} is {job.status} and has no learning curve yet")
     return Response(content, media_type="image/png")
-
-
-def _folder(job: Job, jobs: JobStore, runner: Runner) -> Path:
-    if job.home != jobs.home:
-        raise errors.JobFileNotFound(f"the files of {job.id} are with another service on this database; ask that one")
-    return runner.folder(job.id)
 
 
 def _content(path: Path) -> bytes | None:

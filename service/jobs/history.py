@@ -14,6 +14,8 @@ from training.events import Event
 
 EVENTS = "events.jsonl"
 
+Numbered = tuple[int, Event]  # the line, from 1, and what it says
+
 
 class Tail:
     """Follows a file from its first line on."""
@@ -61,3 +63,8 @@ def parse(lines: list[bytes]) -> list[Event]:
         except ValidationError:
             continue
     return found
+
+
+def numbered(path: Path) -> list[Numbered]:
+    """Every event so far that is understood."""
+    return [(number, event) for number, line in enumerate(Tail(path).read(), 1) for event in parse([line])]

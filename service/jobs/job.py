@@ -43,6 +43,12 @@ class Builtin(_Record):
 Dataset = Annotated[str | Builtin, Field(description="an uploaded set's id, or a built-in one")]
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16, description="notes of the client's own; they change nothing"),
+]
+
+
 class Order(_Record):
     """What is asked for, settled: the base's version is named, and so is the result."""
 
@@ -53,6 +59,7 @@ class Order(_Record):
     seed: int
     promote: Promote
     recipe: dict[str, Any] = Field(description="the settings that differ from the defaults")
+    metadata: Metadata = {}
 
 
 class Progress(_Record):

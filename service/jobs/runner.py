@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from service.errors import DatabaseUnavailable, ServiceError
+from service.errors import DatabaseUnavailable, JobFileNotFound, ServiceError
 from service.jobs.child import LOG, end_leftover
 from service.jobs.history import EVENTS
 from service.jobs.job import AT_WORK, TERMINAL, Builtin, Job, Status, Wish
@@ -104,6 +104,12 @@ class Runner:
 
     def folder(self, job_id: str) -> Path:
         return self._folder / job_id
+
+    def folder_of(self, job: Job) -> Path:
+        """Raises JobFileNotFound where another service has it."""
+        if job.home != self._jobs.home:
+            raise JobFileNotFound(f"the files of {job.id} are with another service on this database; ask that one")
+        return self.folder(job.id)
 
     # --- the loop ---
 

@@ -60,6 +60,7 @@ jobs = Table(
     Column("seed", BigInteger, nullable=False),
     Column("promote", String(16), nullable=False),
     Column("recipe", JSON(none_as_null=True), nullable=False),
+    Column("metadata", JSON(none_as_null=True), nullable=False),
     Column("progress", JSON(none_as_null=True)),
     Column("result", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),

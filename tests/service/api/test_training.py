@@ -66,6 +66,7 @@ def test_a_job_is_accepted_and_can_be_read(client: TestClient) -> None:
         "seed": 0,
         "promote": "if_better",
         "recipe": {},
+        "metadata": {},
         "progress": None,
         "result": None,
         "error": None,

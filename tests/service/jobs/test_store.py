@@ -52,7 +52,9 @@ def in_state(jobs: JobStore, status: Status) -> Job:
 
 def test_a_job_is_read_back_as_it_was_made(jobs: JobStore) -> None:
     before = datetime.now(UTC)
-    job = create(jobs, dataset={"builtin": "cifar10", "limit": 2000}, recipe={"epochs": 2.5}, seed=2**53)
+    job = create(
+        jobs, dataset={"builtin": "cifar10", "limit": 2000}, recipe={"epochs": 2.5}, seed=2**53, metadata={"for": "Ä"}
+    )
     assert before <= job.created_at <= datetime.now(UTC)
     assert jobs.get(job.id) == job
     assert job.model_dump() == {
@@ -66,6 +68,7 @@ def test_a_job_is_read_back_as_it_was_made(jobs: JobStore) -> None:
         "seed": 2**53,
         "promote": "if_better",
         "recipe": {"epochs": 2.5},
+        "metadata": {"for": "Ä"},
         "progress": None,
         "result": None,
         "error": None,

@@ -1,0 +1,297 @@
+"""OpenAI's routes, asked by the unmodified `openai` SDK, in this process; what a run does is in `tests/e2e`."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from openai import OpenAI
+
+from service.api import openai_objects
+from service.jobs.job import FOLLOWING, Job
+from service.jobs.store import JobStore, open_store
+from service.settings import Settings
+from tests.service.jobs.conftest import order
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"concurrent_jobs": 0, "queued_jobs": 5})
+
+
+@pytest.fixture
+def jobs(settings: Settings) -> Iterator[JobStore]:
+    """The service's own jobs, to bring them into states."""
+    store = open_store(settings.state)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def sdk(client: TestClient) -> OpenAI:
+    return OpenAI(base_url="http://testserver/v1", api_key="none is needed", http_client=client, max_retries=0)
+
+
+def queued(jobs: JobStore, **changes: object) -> Job:
+    return jobs.create(order(dataset="ds-0123456789abcdef", **changes), queue_size=100)
+
+
+def theirs(job: Job) -> str:
+    return f"ft{job.id}"
+
+
+# --- jobs ---
+
+
+def test_a_job_in_openais_words(sdk: OpenAI, jobs: JobStore) -> None:
+    job = queued(jobs, recipe={"epochs": 3, "flip": True}, seed=7, metadata={"for": "Ä"})
+    hyperparameters = {"n_epochs": 3.0, "batch_size": "auto", "learning_rate_multiplier": "auto"}
+    assert sdk.fine_tuning.jobs.retrieve(theirs(job)).model_dump(exclude_unset=True) == {
+        "object": "fine_tuning.job",
+        "id": theirs(job),
+        "model": "greys",
+        "created_at": int(job.created_at.timestamp()),
+        "finished_at": None,
+        "estimated_finish": None,
+        "fine_tuned_model": None,
+        "status": "queued",
+        "error": None,
+        "training_file": "file-0123456789abcdef",
+        "validation_file": None,
+        "hyperparameters": hyperparameters,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "seed": 7,
+        "metadata": {"for": "Ä"},
+        "organization_id": "safelight",
+        "result_files": [],
+        "trained_tokens": None,
+        "integrations": [],
+        "version": "1",
+        "result": None,
+    }
+
+
+def test_every_state_has_a_name_that_openai_knows_or_shows(jobs: JobStore) -> None:
+    job = queued(jobs)
+    names = {
+        status: openai_objects.FineTuningJob.of(job.model_copy(update={"status": status})).status
+        for status in FOLLOWING
+    }
+    assert names == {
+        "queued": "queued",
+        "validating": "validating_files",
+        "running": "running",
+        "paused": "paused",
+        "succeeded": "succeeded",
+        "failed": "failed",
+        "cancelled": "cancelled",
+    }
+
+
+@pytest.mark.parametrize(("promoted", "model"), [(True, "shades"), (False, None)])
+def test_a_job_that_succeeded_names_its_model_where_that_answers(
+    sdk: OpenAI, jobs: JobStore, promoted: bool, model: str | None
+) -> None:
+    running = jobs.move(jobs.move(queued(jobs), "validating"), "running")
+    result = {"model": "shades", "version": "1", "promoted": promoted, "summary": "fixed 5 of 50, broke 0"}
+    over = jobs.move(running, "succeeded", result=result)
+    job = sdk.fine_tuning.jobs.retrieve(theirs(over))
+    assert over.finished_at is not None
+    assert (job.status, job.fine_tuned_model, job.finished_at) == (
+        "succeeded",
+        model,
+        int(over.finished_at.timestamp()),
+    )
+    assert job.model_extra == {"version": "1", "result": result}
+
+
+def test_a_job_that_failed_says_why(sdk: OpenAI, jobs: JobStore) -> None:
+    error = {"code": "diverged", "message": "the loss rose; try a smaller learning_rate"}
+    job = jobs.move(jobs.move(queued(jobs), "validating"), "failed", error=error)
+    found = sdk.fine_tuning.jobs.retrieve(theirs(job))
+    assert found.error is not None
+    assert (found.status, found.error.model_dump()) == ("failed", error | {"param": None})
+
+
+def test_a_job_that_runs_says_when_it_will_be_done(sdk: OpenAI, jobs: JobStore) -> None:
+    running = jobs.move(jobs.move(queued(jobs), "validating"), "running")
+    jobs.note(running, progress={"phase": "training", "step": 1, "steps": 9, "seconds_left": 1000.0})
+    found = sdk.fine_tuning.jobs.retrieve(theirs(running))
+    assert found.estimated_finish is not None
+    assert 990 <= found.estimated_finish - found.created_at <= 1100
+
+
+def test_jobs_come_newest_first_page_by_page(sdk: OpenAI, jobs: JobStore) -> None:
+    made = [theirs(queued(jobs)) for _ in range(5)]
+    page = sdk.fine_tuning.jobs.list(limit=2)
+    assert ([job.id for job in page.data], page.has_more) == (made[:-3:-1], True)
+    assert [job.id for job in sdk.fine_tuning.jobs.list(limit=2)] == made[::-1]  # the SDK turns the pages
+
+
+def test_jobs_are_found_by_their_metadata(sdk: OpenAI, jobs: JobStore) -> None:
+    made = [theirs(queued(jobs, metadata={"n": str(index % 2), "all": "yes"})) for index in range(5)]
+    assert [job.id for job in sdk.fine_tuning.jobs.list(limit=2, metadata={"n": "1"})] == [made[3], made[1]]
+    assert len(list(sdk.fine_tuning.jobs.list(limit=2, metadata={"all": "yes"}))) == 5
+    assert list(sdk.fine_tuning.jobs.list(metadata={"n": "1", "all": "no"})) == []
+
+
+def test_a_job_is_paused_resumed_and_cancelled(sdk: OpenAI, jobs: JobStore) -> None:
+    job = theirs(queued(jobs))
+    assert sdk.fine_tuning.jobs.pause(job).status == "paused"
+    assert sdk.fine_tuning.jobs.resume(job).status == "queued"
+    assert sdk.fine_tuning.jobs.cancel(job).status == "cancelled"
+
+
+# --- what a run has told ---
+
+AT = {"at": "2026-01-01T00:00:07Z"}
+STARTED = {"recipe": "r", "dataset": "d", "seed": 0, "device": "cpu", "precision": "float32", "steps": 9, "step": 0}
+LINES = [
+    AT | {"event": "validated", "report": {}},
+    AT | {"event": "started"} | STARTED,
+    AT
+    | {"event": "progress", "step": 3, "steps": 9, "epoch": 0.5, "loss": 0.123, "accuracy": 0.9}
+    | {"images_per_second": 9.0, "seconds_left": 1.0},
+    AT | {"event": "of a newer version"},
+    AT
+    | {"event": "epoch", "epoch": 1, "step": 6, "train_loss": 0.1, "train_accuracy": 0.95}
+    | {"holdout_loss": 0.2, "holdout_accuracy": 0.9, "seconds": 3.0},
+    AT | {"event": "notice", "message": "one picture was left out"},
+    AT | {"event": "checkpointed", "step": 6, "path": "/somewhere"},
+    AT | {"event": "published", "model": "shades", "version": "3", "accuracy": 0.9},
+    AT | {"event": "decided", "result": {"summary": "fixed 9 of 50, broke 1; p = 0.011; promoted"}},
+]
+
+
+@pytest.fixture
+def told(settings: Settings, jobs: JobStore) -> Job:
+    """A job of which much was told, and half a line more."""
+    job = queued(jobs)
+    folder = settings.state / "jobs" / job.id
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"event": "fai')
+    return job
+
+
+def test_events_are_sentences_and_figures_newest_first(sdk: OpenAI, told: Job) -> None:
+    found = [event.model_dump() for event in sdk.fine_tuning.jobs.list_events(theirs(told), limit=3)]
+
+    def event(line: int, message: str, level: str = "info", **data: float) -> dict[str, Any]:
+        kind = {"level": level, "type": "metrics" if data else "message", "data": data}
+        name = f"ftevent-{told.id.removeprefix('job-')}-{line}"
+        return {"id": name, "created_at": 1767225607, "message": message, "object": "fine_tuning.job.event"} | kind
+
+    figures = {"step": 6, "train_loss": 0.1, "train_accuracy": 0.95, "valid_loss": 0.2, "valid_accuracy": 0.9}
+    assert found == [
+        event(9, "fixed 9 of 50, broke 1; p = 0.011; promoted"),
+        event(8, "Version 3 of shades is there"),
+        event(7, "Checkpoint at step 6"),
+        event(6, "one picture was left out", "warn"),
+        event(5, "Epoch 1: hold-out loss=0.20, accuracy=0.900", **figures),
+        event(3, "Step 3/9: training loss=0.12", step=3, total_steps=9, train_loss=0.123, train_accuracy=0.9),
+        event(2, "Training on cpu: 9 steps, from step 0"),
+        event(1, "The pictures are checked"),
+    ]
+
+
+def test_checkpoints_are_the_versions_that_can_be_asked(sdk: OpenAI, told: Job) -> None:
+    (found,) = sdk.fine_tuning.jobs.checkpoints.list(theirs(told))
+    assert found.model_dump(exclude_unset=True) == {
+        "object": "fine_tuning.job.checkpoint",
+        "id": f"ftckpt_{told.id.removeprefix('job-')}-3",
+        "created_at": 1767225607,
+        "fine_tuned_model_checkpoint": "shades@3",
+        "fine_tuning_job_id": theirs(told),
+        "metrics": {"step": 6, "train_loss": 0.1, "valid_loss": 0.2, "valid_accuracy": 0.9},
+        "step_number": 6,
+    }
+
+
+def test_nothing_was_told_yet(sdk: OpenAI, jobs: JobStore) -> None:
+    job = theirs(queued(jobs))
+    assert list(sdk.fine_tuning.jobs.list_events(job)) == []
+    page = sdk.fine_tuning.jobs.checkpoints.list(job)
+    assert page.model_dump() == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+# --- errors ---
+
+
+def error(message: str, code: str, param: str | None = None, kind: str = "invalid_request_error") -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def test_what_is_over_can_not_be_cancelled_and_no_client_should_try_again(client: TestClient, jobs: JobStore) -> None:
+    job = theirs(queued(jobs))
+    client.post(f"/v1/fine_tuning/jobs/{job}/cancel")
+    reply = client.post(f"/v1/fine_tuning/jobs/{job}/cancel", headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.headers["x-should-retry"]) == (409, "false")
+    message = f"{job} is cancelled; only a job that isn't over can be cancelled"
+    assert reply.json() == error(message, "job_state_conflict")
+
+
+def test_the_sdk_raises_what_it_raises_for_openai(sdk: OpenAI, jobs: JobStore) -> None:
+    patient = sdk.with_options(max_retries=5)
+    with pytest.raises(openai.ConflictError, match="only a paused job can be resumed"):
+        patient.fine_tuning.jobs.resume(theirs(queued(jobs)))
+    with pytest.raises(openai.NotFoundError) as missing:
+        patient.fine_tuning.jobs.retrieve("ftjob-0")
+    assert (missing.value.code, missing.value.type) == ("job_not_found", "invalid_request_error")
+    assert missing.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "body"),
+    [
+        ("GET", "/v1/nothing", 404, error("GET /v1/nothing: Not Found", "not_found")),
+        (
+            "PUT",
+            "/v1/fine_tuning/jobs",
+            405,
+            error("PUT /v1/fine_tuning/jobs: Method Not Allowed", "method_not_allowed"),
+        ),
+        (
+            "GET",
+            "/v1/fine_tuning/jobs/job-0",
+            404,
+            error("there is no job 'job-0'; GET /v1/fine_tuning/jobs lists those that there are", "job_not_found"),
+        ),
+        (
+            "GET",
+            "/v1/fine_tuning/jobs/ftjob-000000000000000000000000/events",
+            404,
+            error(
+                "there is no job 'ftjob-000000000000000000000000'; GET /train lists those that there are",
+                "job_not_found",
+            ),
+        ),
+        (
+            "GET",
+            "/v1/fine_tuning/jobs?limit=0",
+            422,
+            error("query.limit: Input should be greater than or equal to 1", "invalid_parameter", "limit"),
+        ),
+        (
+            "POST",
+            "/v1/fine_tuning/jobs",
+            422,
+            error("body: Field required", "invalid_parameter"),
+        ),
+        (
+            "GET",
+            "/v1/files/file-0",
+            404,
+            error(
+                "there is no file 'file-0'; GET /v1/files lists those that there are", "dataset_not_found", "file_id"
+            ),
+        ),
+    ],
+)
+def test_errors_have_openais_shape_everywhere(
+    client: TestClient, method: str, path: str, status: int, body: dict[str, Any]
+) -> None:
+    reply = client.request(method, path)
+    assert (reply.status_code, reply.json()) == (status, body)
+    assert reply.headers["content-type"] == "application/json"
