@@ -1,8 +1,8 @@
-"""All wiring, in running order: settings → registry → routers → middleware."""
+"""All wiring, in running order: settings → registry, data sets → routers → middleware."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from fastapi import FastAPI
@@ -12,9 +12,11 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import telemetry
-from service.api import health, models, predictions, problems
-from service.api.middleware import BodyLimit, Observe
+from service.api import datasets, health, models, predictions, problems
+from service.api.middleware import BodyLimit, Cap, Observe
 from service.inference.registry import Limits, Registry
+from service.jobs.datasets import DatasetStore
+from service.jobs.datasets import Limits as DatasetLimits
 from service.lifecycle import Lifecycle, drain_on_sigterm
 from service.settings import Settings
 from training import SafelightError, __version__
@@ -25,6 +27,7 @@ from training.processors import processors
 class State(TypedDict):
     settings: Settings
     registry: Registry
+    datasets: DatasetStore
     lifecycle: Lifecycle
 
 
@@ -41,28 +44,30 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.include_router(predictions.router, tags=["predict"])
     app.include_router(models.router, tags=["models"])
+    app.include_router(datasets.router, tags=["datasets"])
     app.include_router(health.router, tags=["health"])
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
 
     app.add_exception_handler(SafelightError, problems.on_safelight_error)
     app.add_exception_handler(RequestValidationError, problems.on_invalid_parameter)
     app.add_exception_handler(HTTPException, problems.on_http_exception)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, **body_caps(settings))
     app.add_middleware(Observe)  # the last one added is the first to see a request
     return app
 
 
 def resources(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    """What lives as long as the application: the registry, and the readiness that SIGTERM ends."""
+    """What lives as long as the application: the registry, the data sets, and the readiness that SIGTERM ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         limits = engine_limits(settings)
         torch.set_num_threads(limits.threads)
         lifecycle = Lifecycle()
-        async with Registry.open(settings.artifacts, limits, settings.default_model) as registry:
+        store = dataset_store(settings)
+        async with Registry.open(settings.artifacts, limits, settings.default_model) as registry, store.open():
             with drain_on_sigterm(lifecycle, settings.drain_seconds):
-                yield {"settings": settings, "registry": registry, "lifecycle": lifecycle}
+                yield {"settings": settings, "registry": registry, "datasets": store, "lifecycle": lifecycle}
 
     return lifespan
 
@@ -78,3 +83,23 @@ def engine_limits(settings: Settings) -> Limits:
         loaded_versions=settings.loaded_versions,
         rescan_seconds=settings.rescan_seconds,
     )
+
+
+def dataset_store(settings: Settings) -> DatasetStore:
+    limits = DatasetLimits(
+        uploads=settings.dataset_uploads,
+        checks=settings.dataset_checks,
+        seconds=settings.dataset_seconds,
+        memory_bytes=settings.dataset_memory_bytes,
+    )
+    # No job reads data sets yet.
+    return DatasetStore(settings.state / "datasets", settings.artifacts, limits, in_use=lambda _: False)
+
+
+def body_caps(settings: Settings) -> dict[str, Any]:
+    """The largest body, and those of the paths that stream theirs to disk."""
+    pictures = Cap(settings.max_body_bytes, "SAFELIGHT_MAX_BODY_BYTES", "send fewer or smaller pictures")
+    datasets = Cap(
+        settings.max_dataset_bytes, "SAFELIGHT_MAX_DATASET_BYTES", "send a part of them, or smaller pictures"
+    )
+    return {"cap": pictures, "by_path": {"/datasets": datasets}}

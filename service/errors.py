@@ -18,6 +18,12 @@
   + InferenceFailed        the model itself failed on this picture
   + ClientGone             nobody waits for the answer any more
   + NotReady               no model can answer yet or at all, or the service is stopping
+  + DatasetNotFound        no such data set
+  + DatasetInUse           a job reads it
+  + DatasetRefused         not a data set that can be learnt from; `reason` says which rule it breaks
+  + CheckFailed            the program that checks data sets failed, not the data set
+  + DiskFull               no room in the state folder
+  + StateUnwritable        a state folder that the system doesn't let us write
 """
 
 from training import SafelightError
@@ -96,4 +102,28 @@ class ClientGone(ServiceError):
 
 
 class NotReady(ServiceError):
+    pass
+
+
+class DatasetNotFound(ServiceError):
+    pass
+
+
+class DatasetInUse(ServiceError):
+    pass
+
+
+class DatasetRefused(ServiceError):
+    pass
+
+
+class CheckFailed(ServiceError):
+    pass
+
+
+class DiskFull(ServiceError):
+    pass
+
+
+class StateUnwritable(ServiceError):
     pass

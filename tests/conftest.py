@@ -51,7 +51,8 @@ def artifacts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(artifacts: Path) -> Settings:
-    return Settings(artifacts=artifacts, default_model="greys", rescan_seconds=0.1)
+    state = artifacts.parent / "state"
+    return Settings(artifacts=artifacts, state=state, default_model="greys", rescan_seconds=0.1)
 
 
 @pytest.fixture

@@ -258,7 +258,8 @@ def serving(artifacts: Path, tmp_path: Path, *arguments: str, **settings: str) -
     """Start a server on artifacts and wait until it answers; it is gone at the end, whatever happens."""
     log = tmp_path / "server.log"
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SAFELIGHT_")}
-    environ |= {"SAFELIGHT_ARTIFACTS": str(artifacts), "SAFELIGHT_PORT": "0", "SAFELIGHT_LOG_FORMAT": "json"}
+    environ |= {"SAFELIGHT_ARTIFACTS": str(artifacts), "SAFELIGHT_STATE": str(tmp_path / "state")}
+    environ |= {"SAFELIGHT_PORT": "0", "SAFELIGHT_LOG_FORMAT": "json"}
     environ |= {f"SAFELIGHT_{name.upper()}": value for name, value in settings.items()}
     with log.open("w") as stderr:
         process = subprocess.Popen(

@@ -46,6 +46,12 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.InferenceFailed: Kind(500, "inference_failed", "The model failed"),
     errors.ClientGone: Kind(499, "client_gone", "The client went away"),
     errors.NotReady: Kind(503, "not_ready", "Not ready"),
+    errors.DatasetNotFound: Kind(404, "dataset_not_found", "No such data set"),
+    errors.DatasetInUse: Kind(409, "dataset_in_use", "A job uses the data set"),
+    errors.DatasetRefused: Kind(422, "dataset_refused", "The data set can't be used"),
+    errors.CheckFailed: Kind(500, "check_failed", "The data set couldn't be checked"),
+    errors.DiskFull: Kind(507, "disk_full", "The disk is full"),
+    errors.StateUnwritable: Kind(503, "state_unwritable", "The state folder can't be written"),
 }
 
 INTERNAL = Kind(500, "internal_error", "Something went wrong here")

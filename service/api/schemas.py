@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
+from training.dataset_report import Report
 
 
 class Score(BaseModel):
@@ -95,6 +96,38 @@ class Active(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: str
+
+
+class BuiltInDataset(BaseModel):
+    """A data set made of pictures that the service has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    builtin: Literal["mnist", "cifar10"]
+    limit: int | None = Field(None, ge=20, description="so many training pictures; all of both splits if left out")
+    model: str | None = Field(None, description="the model that it is meant for")
+    version: str | None = None
+    name: str | None = None
+
+
+class Dataset(Report):
+    """What was found in a data set when it was checked."""
+
+    created_at: datetime
+
+
+class DatasetSummary(BaseModel):
+    id: str
+    name: str
+    created_at: datetime
+    images: int
+    bytes: int
+    divided: bool
+    classes: list[str]
+
+
+class Datasets(BaseModel):
+    datasets: list[DatasetSummary] = Field(description="newest first")
 
 
 class Health(BaseModel):

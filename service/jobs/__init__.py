@@ -1,0 +1,1 @@
+"""Data sets and what is done with them; knows no FastAPI and no torch."""
