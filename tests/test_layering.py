@@ -61,7 +61,14 @@ ALLOWED = {
     "service.lifecycle": set(),
     "service.settings": {"training", "training.bundle"},
     "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle"},
-    "service.jobs": {"service.errors", "service.telemetry", "training", "training.bundle", "training.events"},
+    "service.jobs": {
+        "service.errors",
+        "service.telemetry",
+        "training",
+        "training.bundle",
+        "training.dataset_report",
+        "training.events",
+    },
     "service.api": {
         "service.errors",
         "service.telemetry",
@@ -71,6 +78,7 @@ ALLOWED = {
         "service.jobs",
         "training",
         "training.bundle",
+        "training.dataset_report",
     },
     "service.client": {"service.api", "service.jobs"},
     "service.app": {"service", "training", "training.devices", "training.processors"},

@@ -183,7 +183,14 @@ def accepted(plan: Plan, base: intake.Base, into: Path, options: Options) -> Rep
         return Report.model_validate_json((into / intake.REPORT).read_bytes())
     shutil.rmtree(into, ignore_errors=True)  # what a kill left of it
     with intake.opened(plan.dataset, options.data, plan.limit) as archive:
-        return intake.check(archive, Path(plan.dataset).stem, base=base, into=into)
+        return intake.check(archive, called(Path(plan.dataset)), base=base, into=into)
+
+
+def called(dataset: Path) -> str:
+    """What a data set is called: as it was when it was checked before, or by its file."""
+    if dataset.name == intake.DATA and (before := dataset.with_name(intake.REPORT)).exists():
+        return Report.model_validate_json(before.read_bytes()).name
+    return dataset.stem
 
 
 def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:

@@ -30,8 +30,9 @@ from service.api.openai_objects import (
     own_job_id,
 )
 from service.api.schemas import TrainRequest
+from service.errors import DatasetNotFound
 from service.jobs import history
-from service.jobs.datasets import DatasetNotFound, DatasetRecord, DatasetStore
+from service.jobs.datasets import DatasetRecord, DatasetStore
 from service.jobs.job import Job
 from service.jobs.runner import Runner
 from service.jobs.store import JobStore

@@ -123,10 +123,8 @@ class File(BaseModel):
 
     @classmethod
     def of(cls, record: DatasetRecord) -> "File":
-        report = record.report
-        return cls(
-            id=file_id(report.id), bytes=report.bytes, created_at=_seconds(record.created_at), filename=report.name
-        )
+        created_at, report = int(record.created_at.timestamp()), record.report
+        return cls(id=file_id(record.id), bytes=report.bytes, created_at=created_at, filename=f"{report.name}.zip")
 
 
 class FileDeleted(BaseModel):

@@ -1,15 +1,9 @@
-"""Fine-tuning by the real service, in real processes: from the request to the answer, through every kind of interruption."""
+"""Fine-tuning by the real service, in real processes: from the request to the answer, through all interruptions."""
 
 import json
-import os
-import random
-import signal
 import struct
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.client import Client
 from tests.tiny import Server, serving
-from training.bundle import store
-from training.bundle.store import BundleRef
 
 pytestmark = pytest.mark.slow
 
@@ -63,19 +54,20 @@ def until(seen: Callable[[], Any], seconds: float = 60) -> Any:
 
 def test_one_request_makes_a_version_that_answers_as_soon_as_the_job_has_succeeded(service: Any) -> None:
     with service() as server:
-        begun = time.monotonic()
         job = httpx.post(f"{server.url}/train", json=ROWS | {"promote": "always"}).json()
-        end = json.loads(stream(server, job["id"])[-1].split("data: ")[1])
-        took = time.monotonic() - begun
+        assert json.loads(stream(server, job["id"])[-1].split("data: ")[1])["event"] == "decided"
         picture = np.zeros((28, 28), np.uint8)
-        from tests.tiny import encode
         from PIL import Image
+
+        from tests.tiny import encode
+
         picture[3 + 2 * 7 : 5 + 2 * 7] = 220
-        answer = httpx.post(f"{server.url}/predict?model=rows", content=encode(Image.fromarray(picture)), headers={"Content-Type": "image/png"})
-        print(took, end, answer.json())
-        print(httpx.get(f"{server.url}/train/{job['id']}/log").text)
-        print(httpx.get(f"{server.url}/train/{job['id']}/events?limit=1000").text[:3000])
-        assert 0
+        answer = httpx.post(
+            f"{server.url}/predict?model=rows",
+            content=encode(Image.fromarray(picture)),
+            headers={"Content-Type": "image/png"},
+        )
+        assert answer.status_code == 200
 
 
 def stream(server: Server, job: str) -> list[str]:
