@@ -78,6 +78,7 @@ ALLOWED = {
         "service.jobs",
         "training",
         "training.bundle",
+        "training.events",
         "training.dataset_report",
     },
     "service.client": {"service.api", "service.jobs"},

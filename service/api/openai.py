@@ -16,6 +16,8 @@ from starlette.datastructures import UploadFile
 from service import errors
 from service.api import orders
 from service.api.bodies import form
+from service.api.connection import while_connected
+from service.api.datasets import printable
 from service.api.dependencies import DatasetsDep, JobsDep, RegistryDep, RunnerDep, SettingsDep
 from service.api.openai_objects import (
     FINE_TUNE,
@@ -23,6 +25,7 @@ from service.api.openai_objects import (
     CreateJob,
     File,
     FileDeleted,
+    FileFields,
     FineTuningJob,
     JobEvent,
     Page,
@@ -30,6 +33,7 @@ from service.api.openai_objects import (
     own_job_id,
 )
 from service.api.schemas import TrainRequest
+from service.api.uploads import SUFFIXES
 from service.errors import DatasetNotFound
 from service.jobs import history
 from service.jobs.datasets import DatasetRecord, DatasetStore
@@ -55,12 +59,13 @@ async def create_file(request: Request, datasets: DatasetsDep) -> File:
     """Upload an archive of class folders: it is checked, and refused here if it can't be trained on."""
     too_many = errors.MalformedBody(f"more than one file in the form; {HINT}")
     async with form(request, 1, hint=HINT, too_many=too_many) as parts:
-        upload, purpose = parts.get("file"), parts.get("purpose")
+        upload = parts.get("file")
         if not isinstance(upload, UploadFile):
-            raise _invalid("file", "Field required")
-        if purpose != FINE_TUNE:
-            raise _invalid("purpose", f"Input should be '{FINE_TUNE}'")
-        record = await datasets.receive(orders.chunks(upload), name=upload.filename or "file")
+            raise _invalid("file", "a file is required")
+        orders.checked(FileFields, {name: value for name, value in parts.items() if name != "file"})
+        name = printable(SUFFIXES.sub("", upload.filename or ""))
+        record = await while_connected(request, datasets.receive(orders.chunks(upload), name=name))
+    request.state.log["dataset"] = record.id
     return File.of(record)
 
 

@@ -49,7 +49,7 @@ def _none_if_auto(value: object) -> object:
     return None if value == "auto" else value
 
 
-Epochs = Annotated[int | None, BeforeValidator(_none_if_auto)]
+Whole = Annotated[int | None, BeforeValidator(_none_if_auto)]
 Multiplier = Annotated[float | None, BeforeValidator(_none_if_auto)]
 
 
@@ -57,11 +57,17 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class FileFields(_Asked):
+    """What stands beside the file in a form."""
+
+    purpose: Literal["fine-tune"]
+
+
 class AskedHyperparameters(_Asked):
     """Numbers, or `auto`."""
 
-    n_epochs: Epochs = None
-    batch_size: Epochs = None
+    n_epochs: Whole = None
+    batch_size: Whole = None
     learning_rate_multiplier: Multiplier = None
 
 

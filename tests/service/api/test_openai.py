@@ -1,19 +1,27 @@
 """OpenAI's routes, asked by the unmodified `openai` SDK, in this process; what a run does is in `tests/e2e`."""
 
+import io
 import json
+import re
+import time
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
+from PIL import Image
 
 from service.api import openai_objects
 from service.jobs.job import FOLLOWING, Job
 from service.jobs.store import JobStore, open_store
 from service.settings import Settings
 from tests.service.jobs.conftest import order
+from tests.tiny import encode
 
 
 @pytest.fixture
@@ -40,6 +48,146 @@ def queued(jobs: JobStore, **changes: object) -> Job:
 
 def theirs(job: Job) -> str:
     return f"ft{job.id}"
+
+
+# --- files ---
+
+
+def archive(path: Path, classes: str = "ant bee", each: int = 10) -> Path:
+    """A zip of class folders: the first class is dark, the next lighter, and no picture is like another."""
+    with zipfile.ZipFile(path, "w") as file:
+        for shade, name in enumerate(classes.split()):
+            for index in range(each):
+                pixels = np.random.default_rng(100 * shade + index).integers(0, 60, (8, 8), dtype=np.uint8) + 80 * shade
+                file.writestr(f"{name}/{index}.png", encode(Image.fromarray(pixels.astype(np.uint8))))
+    return path
+
+
+def test_an_archive_is_uploaded_listed_read_and_deleted(sdk: OpenAI, tmp_path: Path) -> None:
+    path = archive(tmp_path / "pets.zip")
+    before = int(time.time())
+    file = sdk.files.create(file=path, purpose="fine-tune")
+    assert file.model_dump(exclude_unset=True) == {
+        "object": "file",
+        "id": file.id,
+        "bytes": file.bytes,
+        "created_at": file.created_at,
+        "filename": "pets.zip",
+        "purpose": "fine-tune",
+        "status": "processed",
+    }
+    assert re.fullmatch(r"file-[0-9a-f]{16}", file.id)
+    assert before <= file.created_at <= time.time()
+    with zipfile.ZipFile(io.BytesIO(sdk.files.content(file.id).read())) as back:
+        assert (len(back.namelist()), sum(info.file_size for info in back.infolist())) == (20, file.bytes)
+    assert sdk.files.create(file=path, purpose="fine-tune") == sdk.files.retrieve(file.id) == file
+    other = sdk.files.create(file=archive(tmp_path / "more.zip", "cat dog"), purpose="fine-tune")
+    assert {found.id for found in sdk.files.list(limit=1)} == {file.id, other.id}
+    assert len(sdk.files.list(limit=1).data) == 1
+    assert list(sdk.files.list(purpose="batch")) == []
+    assert sdk.files.delete(file.id).model_dump() == {"id": file.id, "deleted": True, "object": "file"}
+    assert [found.id for found in sdk.files.list()] == [other.id]
+
+
+def test_an_archive_that_can_not_be_trained_on_is_refused_with_the_reason(sdk: OpenAI, tmp_path: Path) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="class") as refused:
+        sdk.files.create(file=archive(tmp_path / "one.zip", "ant", each=30), purpose="fine-tune")
+    assert refused.value.code == "dataset_refused"
+    assert list(sdk.files.list()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "message", "param"),
+    [
+        ({"file": b"PK"}, {"purpose": "batch"}, "body.purpose: Input should be 'fine-tune'", "purpose"),
+        ({"file": b"PK"}, {}, "body.purpose: Field required", "purpose"),
+        ({"picture": b"PK"}, {"purpose": "fine-tune"}, "body.file: a file is required", "file"),
+        (
+            {"file": b"PK"},
+            {"purpose": "fine-tune", "expires_after[seconds]": "9"},
+            "body.expires_after[seconds]: Extra inputs are not permitted",
+            "expires_after[seconds]",
+        ),
+    ],
+)
+def test_a_form_that_makes_no_sense(
+    client: TestClient, files: dict[str, bytes], data: dict[str, str], message: str, param: str
+) -> None:
+    reply = client.post("/v1/files", files=files, data=data)
+    assert (reply.status_code, reply.json()) == (422, error(message, "invalid_parameter", param))
+
+
+# --- starting a job ---
+
+
+def test_a_job_is_started_with_what_was_asked(sdk: OpenAI, jobs: JobStore, tmp_path: Path) -> None:
+    file = sdk.files.create(file=archive(tmp_path / "pets.zip"), purpose="fine-tune")
+    chosen: Any = {"n_epochs": 3, "batch_size": "auto", "learning_rate_multiplier": 0.5}
+    job = sdk.fine_tuning.jobs.create(
+        model="greys@1",
+        training_file=file.id,
+        suffix="pets",
+        seed=7,
+        metadata={"for": "a test"},
+        method={"type": "supervised", "supervised": {"hyperparameters": chosen}},
+        extra_body={"promote": "never", "recipe": {"depth": "head"}},
+    )
+    assert (job.status, job.model, job.training_file, job.seed) == ("queued", "greys", file.id, 7)
+    (made,), _ = jobs.page(limit=1)
+    assert (made.name, made.version, made.promote, made.metadata) == ("pets", "1", "never", {"for": "a test"})
+    assert made.recipe == {"depth": "head", "epochs": 3, "learning_rate": 0.5}
+    with pytest.raises(openai.ConflictError, match=f"{file.id} is used by a job"):
+        sdk.files.delete(file.id)
+
+
+def test_a_job_is_started_with_what_must_be_said(sdk: OpenAI, jobs: JobStore, tmp_path: Path) -> None:
+    file = sdk.files.create(file=archive(tmp_path / "pets.zip"), purpose="fine-tune")
+    for hyperparameters in ({}, {"n_epochs": "auto"}):
+        sdk.fine_tuning.jobs.create(model="greys", training_file=file.id, hyperparameters=hyperparameters)
+    made, _ = jobs.page(limit=9)
+    assert {(job.name, job.version, job.seed, job.promote) for job in made} == {("greys-ft", "1", 0, "if_better")}
+    assert [job.recipe for job in made] == [{}, {}]
+
+
+def test_the_same_request_with_the_same_key_starts_one_job(sdk: OpenAI, tmp_path: Path) -> None:
+    file = sdk.files.create(file=archive(tmp_path / "pets.zip"), purpose="fine-tune")
+    headers = {"Idempotency-Key": "k"}
+    first, second = (
+        sdk.fine_tuning.jobs.create(model="greys", training_file=file.id, extra_headers=headers) for _ in range(2)
+    )
+    assert first == second
+    with pytest.raises(openai.UnprocessableEntityError, match="another request before"):
+        sdk.fine_tuning.jobs.create(model="greys", training_file=file.id, seed=1, extra_headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "param"),
+    [
+        ({"model": "none"}, 404, "model_not_found", None),
+        ({"model": "greys@9"}, 404, "version_not_found", None),
+        ({"training_file": "file-0"}, 404, "dataset_not_found", "training_file"),
+        ({"training_file": "ds-0123456789abcdef"}, 404, "dataset_not_found", "training_file"),
+        ({"suffix": "No Name"}, 422, "invalid_name", None),
+        ({"hyperparameters": {"n_epochs": -1}}, 422, "recipe_invalid", "epochs"),
+        ({"hyperparameters": {"n_epochs": "some"}}, 422, "invalid_parameter", "hyperparameters.n_epochs"),
+        ({"method": {"type": "dpo"}}, 422, "invalid_parameter", "method.type"),
+        ({"validation_file": "file-0"}, 422, "invalid_parameter", "validation_file"),
+        ({"integrations": [{"type": "wandb"}]}, 422, "invalid_parameter", "integrations"),
+        ({"metadata": {"key": "x" * 513}}, 422, "invalid_parameter", "metadata.key"),
+        ({"temperature": 1}, 422, "invalid_parameter", "temperature"),
+    ],
+)
+def test_a_job_that_can_not_be(
+    client: TestClient, sdk: OpenAI, tmp_path: Path, change: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    asked = {"model": "greys", "training_file": "file-0123456789abcdef"}
+    if param != "training_file":
+        asked["training_file"] = sdk.files.create(file=archive(tmp_path / "pets.zip"), purpose="fine-tune").id
+    reply = client.post("/v1/fine_tuning/jobs", json=asked | change)
+    found = reply.json()["error"]
+    assert (reply.status_code, found["code"], found["param"]) == (status, code, param)
+    assert found["type"] == "invalid_request_error"
+    assert client.get("/v1/fine_tuning/jobs").json()["data"] == []
 
 
 # --- jobs ---
