@@ -79,6 +79,7 @@ ALLOWED = {
         "training",
         "training.bundle",
         "training.dataset_report",
+        "training.events",
     },
     "service.client": {"service.api", "service.jobs"},
     "service.app": {"service", "training", "training.devices", "training.processors"},
