@@ -25,6 +25,7 @@ ALLOWED = {
     "training.layout": {"training"},
     "training.archives": {"training", "training.layout"},
     "training.intake": {
+        "training.builtin",  # only where a built-in set is asked for
         "training",
         "training.archives",
         "training.bundle",
