@@ -25,6 +25,7 @@ ALLOWED = {
     "training.layout": {"training"},
     "training.archives": {"training", "training.layout"},
     "training.intake": {
+        "training.builtin",  # only where a built-in set is asked for
         "training",
         "training.archives",
         "training.bundle",
@@ -80,6 +81,7 @@ ALLOWED = {
         "training.bundle",
         "training.events",
         "training.dataset_report",
+        "training.events",
     },
     "service.client": {"service.api", "service.jobs"},
     "service.app": {"service", "training", "training.devices", "training.processors"},

@@ -41,7 +41,6 @@ RUN = "run.json"
 EVENTS = "events.jsonl"
 DATA = "data"
 
-REPLAYED = 5000  # pictures of the base's training set
 GUARD_MARGINS = {"mnist": 0.003}  # share of the base's own test set that may be lost; a good model has less to lose
 GUARD_MARGIN = 0.005
 TIMED_ROUNDS = 30
@@ -226,8 +225,7 @@ def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Opt
             tell(events.Notice(message=f"the base's own data isn't here ({error}); its bundle's features stand in"))
         else:
             fitted, check = holdout(found.train, float(manifest.recipe.settings.get("holdout", 0.02)))
-            replay, _ = holdout(fitted, 1 - min(1.0, REPLAYED / len(fitted)), plan.seed)
-            return Past(replay if plan.tuning.replay else None, check, found.test, features)
+            return Past(fitted if plan.tuning.replay else None, check, found.test, features)
     return Past(features=features)
 
 
