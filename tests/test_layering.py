@@ -79,7 +79,6 @@ ALLOWED = {
         "service.jobs",
         "training",
         "training.bundle",
-        "training.events",
         "training.dataset_report",
         "training.events",
     },
