@@ -41,8 +41,6 @@ RUN = "run.json"
 EVENTS = "events.jsonl"
 DATA = "data"
 
-GUARD_MARGINS = {"mnist": 0.003}  # share of the base's own test set that may be lost; a good model has less to lose
-GUARD_MARGIN = 0.005
 TIMED_ROUNDS = 30
 
 
@@ -255,8 +253,7 @@ def judge(task: Task, candidate: Candidate, options: Options) -> tuple[Measured,
         cross_validated=candidate.cross_validated,
         looks=1 + earlier_looks(task, options),
     )
-    margin = GUARD_MARGINS.get(task.manifest.training.dataset.name, GUARD_MARGIN)
-    return measured, gate.judge(evidence, guard_margin=margin, seed=task.plan.seed)
+    return measured, gate.judge(evidence, seed=task.plan.seed)
 
 
 @dataclass(frozen=True)
