@@ -31,8 +31,8 @@ from rich.progress import Progress
 from training.bundle import store
 from training.bundle.images import fit
 from training.bundle.store import BundleRef
-from training.devices import processors
 from training.drawings import golden_images
+from training.processors import processors
 
 ROOT = Path(__file__).parents[1]
 CONNECTIONS = (1, 16, 64)

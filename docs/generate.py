@@ -3,6 +3,7 @@
 A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; the functions below are the names.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from service.app import create_app
 from service.settings import PREFIX, Settings
 from training.__main__ import app as command_line
 from training.bundle import store
+from training.bundle.tuning import Tuning
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +29,15 @@ def settings() -> str:
         default = "" if field.default is None else f"`{field.default}`"
         rows.append((f"`{PREFIX}{name.upper()}`", default, field.description or ""))
     return table(("variable", "default", "what"), rows)
+
+
+def tuning() -> str:
+    """Every setting of fine-tuning."""
+    rows = [
+        (f"`{name}`", "" if field.default is None else f"`{json.dumps(field.default)}`", field.description or "")
+        for name, field in Tuning.model_fields.items()
+    ]
+    return table(("setting", "default", "what"), rows)
 
 
 def errors() -> str:
@@ -95,6 +106,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "routes": routes,
     "commands": commands,
     "results": results,
+    "tuning": tuning,
 }
 
 

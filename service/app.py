@@ -1,9 +1,9 @@
-"""All wiring, in running order: settings → registry → jobs → routers → middleware."""
+"""All wiring, in running order: settings → registry → data sets → jobs → routers → middleware."""
 
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from fastapi import FastAPI
@@ -13,10 +13,11 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import telemetry
-from service.api import health, models, openai, predictions, problems, training
-from service.api.middleware import BodyLimit, Observe
+from service.api import datasets, health, models, openai, predictions, problems, training
+from service.api.middleware import BodyLimit, Cap, Observe
 from service.inference.registry import Limits, Registry
 from service.jobs.datasets import DatasetStore
+from service.jobs.datasets import Limits as DatasetLimits
 from service.jobs.runner import Keeping, Machine, Runner
 from service.jobs.store import JobStore, open_store
 from service.lifecycle import Lifecycle, drain_on_sigterm
@@ -50,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.include_router(predictions.router, tags=["predict"])
     app.include_router(models.router, tags=["models"])
+    app.include_router(datasets.router, tags=["datasets"])
     app.include_router(training.router, tags=["train"])
     app.include_router(openai.router, tags=["openai"])
     app.include_router(health.router, tags=["health"])
@@ -58,33 +60,33 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(SafelightError, problems.on_safelight_error)
     app.add_exception_handler(RequestValidationError, problems.on_invalid_parameter)
     app.add_exception_handler(HTTPException, problems.on_http_exception)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, **body_caps(settings))
     app.add_middleware(Observe)  # the last one added is the first to see a request
     return app
 
 
 def resources(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    """What lives as long as the application: the registry, the jobs, and the readiness that SIGTERM ends."""
+    """What lives as long as the application: models, data sets, jobs, and the readiness that SIGTERM ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         limits = engine_limits(settings)
         torch.set_num_threads(limits.threads)
         lifecycle = Lifecycle()
-        datasets = DatasetStore(settings.state / "datasets")
         async with Registry.open(settings.artifacts, limits, settings.default_model) as registry:
             with closing(open_store(settings.state, settings.database_url)) as jobs:
-                runner = new_runner(settings, jobs, datasets, registry)
-                async with runner.working():
-                    with drain_on_sigterm(lifecycle, settings.drain_seconds):
-                        yield State(
-                            settings=settings,
-                            registry=registry,
-                            lifecycle=lifecycle,
-                            datasets=datasets,
-                            jobs=jobs,
-                            runner=runner,
-                        )
+                async with dataset_store(settings, jobs).open() as datasets:
+                    runner = new_runner(settings, jobs, datasets, registry)
+                    async with runner.working():
+                        with drain_on_sigterm(lifecycle, settings.drain_seconds):
+                            yield State(
+                                settings=settings,
+                                registry=registry,
+                                lifecycle=lifecycle,
+                                datasets=datasets,
+                                jobs=jobs,
+                                runner=runner,
+                            )
 
     return lifespan
 
@@ -124,3 +126,22 @@ def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, regis
         dataset_path=datasets.path,
         published=published,
     )
+
+
+def dataset_store(settings: Settings, jobs: JobStore) -> DatasetStore:
+    limits = DatasetLimits(
+        uploads=settings.dataset_uploads,
+        checks=settings.dataset_checks,
+        seconds=settings.dataset_seconds,
+        memory_bytes=settings.dataset_memory_bytes,
+    )
+    return DatasetStore(settings.state / "datasets", settings.artifacts, limits, in_use=jobs.uses)
+
+
+def body_caps(settings: Settings) -> dict[str, Any]:
+    """The largest body, and those of the paths that stream theirs to disk."""
+    pictures = Cap(settings.max_body_bytes, "SAFELIGHT_MAX_BODY_BYTES", "send fewer or smaller pictures")
+    datasets = Cap(
+        settings.max_dataset_bytes, "SAFELIGHT_MAX_DATASET_BYTES", "send a part of them, or smaller pictures"
+    )
+    return {"cap": pictures, "by_path": {"/datasets": datasets, "/train": datasets, "/v1/files": datasets}}

@@ -14,18 +14,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import IO, Any, Generic, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
 
-from service.api.schemas import Events, Health, Info, Jobs, Model, Models, Predictions, Problem, VersionDetail
+from service.api.schemas import (
+    Dataset,
+    Datasets,
+    DatasetSummary,
+    Events,
+    Health,
+    Info,
+    Jobs,
+    Model,
+    Models,
+    Predictions,
+    Problem,
+    VersionDetail,
+)
 from service.jobs.job import TERMINAL, Job, Promote, Status
 
 URL = "http://127.0.0.1:8000"
 TIMEOUT = 30.0  # seconds; the service itself gives up after 10
 UPLOAD_TIMEOUT = 600.0  # an archive is checked picture by picture before it is answered
 POLL_SECONDS = 0.5  # between looks at a job that is waited for
+
+CHECK_TIMEOUT = 660.0  # a data set's answer comes when every picture is checked; the service gives that 600
 
 Picture = bytes | Path
 Reply = TypeVar("Reply", bound=BaseModel)
@@ -38,6 +53,10 @@ class ProblemError(Exception):
         super().__init__(f"{problem.code}: {problem.detail}")
         self.problem = problem
         self.retry_after = retry_after
+
+
+class _Nothing(BaseModel):
+    """The reply to what only has to succeed."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,29 @@ def _ask(job: str, what: str) -> _Call[Job]:
     return _Call(Job, "POST", f"/train/{job}/{what}")
 
 
+def _add_dataset(archive: IO[bytes], model: str | None, version: str | None) -> _Call[Dataset]:
+    query = {key: value for key, value in {"model": model, "version": version}.items() if value is not None}
+    files = {"dataset": (Path(archive.name).name, archive, "application/octet-stream")}  # read as it is sent
+    return _Call(Dataset, "POST", "/datasets", {"files": files, "params": query, "timeout": CHECK_TIMEOUT})
+
+
+def _built_in_dataset(name: str, limit: int | None, model: str | None, version: str | None) -> _Call[Dataset]:
+    body = {"builtin": name, "limit": limit, "model": model, "version": version}
+    return _Call(Dataset, "POST", "/datasets", {"json": body, "timeout": CHECK_TIMEOUT})
+
+
+def _datasets() -> _Call[Datasets]:
+    return _Call(Datasets, "GET", "/datasets")
+
+
+def _dataset(dataset: str) -> _Call[Dataset]:
+    return _Call(Dataset, "GET", f"/datasets/{dataset}")
+
+
+def _delete_dataset(dataset: str) -> _Call[_Nothing]:
+    return _Call(_Nothing, "DELETE", f"/datasets/{dataset}")
+
+
 def _info() -> _Call[Info]:
     return _Call(Info, "GET", "/info")
 
@@ -114,7 +156,7 @@ def _ready() -> _Call[Health]:
 
 def _read(call: _Call[Reply], response: httpx.Response) -> Reply:
     if response.is_success:
-        return call.reply.model_validate_json(response.content)
+        return call.reply.model_validate_json(response.content or b"{}")
     if not response.headers.get("content-type", "").startswith("application/problem+json"):
         response.raise_for_status()  # not ours: a proxy's answer
     wait = response.headers.get("retry-after")
@@ -209,6 +251,26 @@ class Client:
             time.sleep(POLL_SECONDS)
         return found
 
+    def add_dataset(self, archive: Path, *, model: str | None = None, version: str | None = None) -> Dataset:
+        """Upload a zip or tar of class folders, meant for a model; the answer is what was found in it."""
+        with archive.open("rb") as file:
+            return self._send(_add_dataset(file, model, version))
+
+    def add_built_in_dataset(
+        self, name: str, *, limit: int | None = None, model: str | None = None, version: str | None = None
+    ) -> Dataset:
+        """Make a data set of mnist or cifar10, where the service has it."""
+        return self._send(_built_in_dataset(name, limit, model, version))
+
+    def datasets(self) -> list[DatasetSummary]:
+        return self._send(_datasets()).datasets
+
+    def dataset(self, dataset: str) -> Dataset:
+        return self._send(_dataset(dataset))
+
+    def delete_dataset(self, dataset: str) -> None:
+        self._send(_delete_dataset(dataset))
+
     def info(self) -> Info:
         return self._send(_info())
 
@@ -298,6 +360,26 @@ class AsyncClient:
             _check_patience(found, end)
             await asyncio.sleep(POLL_SECONDS)
         return found
+
+    async def add_dataset(self, archive: Path, *, model: str | None = None, version: str | None = None) -> Dataset:
+        """Upload a zip or tar of class folders, meant for a model; the answer is what was found in it."""
+        with archive.open("rb") as file:
+            return await self._send(_add_dataset(file, model, version))
+
+    async def add_built_in_dataset(
+        self, name: str, *, limit: int | None = None, model: str | None = None, version: str | None = None
+    ) -> Dataset:
+        """Make a data set of mnist or cifar10, where the service has it."""
+        return await self._send(_built_in_dataset(name, limit, model, version))
+
+    async def datasets(self) -> list[DatasetSummary]:
+        return (await self._send(_datasets())).datasets
+
+    async def dataset(self, dataset: str) -> Dataset:
+        return await self._send(_dataset(dataset))
+
+    async def delete_dataset(self, dataset: str) -> None:
+        await self._send(_delete_dataset(dataset))
 
     async def info(self) -> Info:
         return await self._send(_info())

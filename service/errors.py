@@ -29,6 +29,11 @@
   + KeyReused              an Idempotency-Key that came with another request before
   + KeyInUse               the first request with this Idempotency-Key is still being answered
   + DatabaseUnavailable    the database of jobs can't be reached
+  + DatasetInUse           a job reads it
+  + DatasetRefused         not a data set that can be learnt from; `reason` says which rule it breaks
+  + CheckFailed            the program that checks data sets failed, not the data set
+  + DiskFull               no room in the state folder
+  + StateUnwritable        a state folder that the system doesn't let us write
 """
 
 from training import SafelightError
@@ -115,6 +120,26 @@ class NotReady(ServiceError):
 
 
 class DatasetNotFound(ServiceError):
+    pass
+
+
+class DatasetInUse(ServiceError):
+    pass
+
+
+class DatasetRefused(ServiceError):
+    pass
+
+
+class CheckFailed(ServiceError):
+    pass
+
+
+class DiskFull(ServiceError):
+    pass
+
+
+class StateUnwritable(ServiceError):
     pass
 
 

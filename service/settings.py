@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     state: Path = Field(
         Path("state"), description="Folder for what the service itself keeps: jobs, their runs, data sets."
     )
-    data: Path | None = Field(None, description="Folder with MNIST and CIFAR-10; only training reads it.")
+    data: Path | None = Field(
+        None, description="Folder with MNIST and CIFAR-10, for training and for data sets made of them."
+    )
     device: str = Field("auto", description="auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu.")
     default_model: ModelName = Field("mnist", description="The model that answers when a request names none.")
     threads: int = Field(
@@ -44,6 +46,19 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         33_554_432, ge=1024, description="Largest request body; refused with 413 while it streams in."
+    )
+    max_dataset_bytes: int = Field(
+        2_147_483_648, ge=1024, description="Largest upload of a data set; refused with 413 while it streams in."
+    )
+    dataset_uploads: int = Field(
+        4, ge=1, le=1000, description="Data sets that may be received or checked at once; beyond that, 429."
+    )
+    dataset_checks: int = Field(
+        1, ge=1, le=1000, description="Checks at once, each a process at the lowest priority; other uploads wait."
+    )
+    dataset_seconds: float = Field(600.0, gt=0, description="A check that takes longer is stopped: 504.")
+    dataset_memory_bytes: int = Field(
+        4_294_967_296, ge=268_435_456, description="Most memory of a check, so that no archive can take the machine's."
     )
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="Largest picture, width x height, read from its header before it is decoded."

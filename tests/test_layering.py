@@ -25,6 +25,7 @@ ALLOWED = {
     "training.layout": {"training"},
     "training.archives": {"training", "training.layout"},
     "training.intake": {
+        "training.builtin",  # only where a built-in set is asked for
         "training",
         "training.archives",
         "training.bundle",
@@ -61,7 +62,14 @@ ALLOWED = {
     "service.lifecycle": set(),
     "service.settings": {"training", "training.bundle"},
     "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle"},
-    "service.jobs": {"service.errors", "service.telemetry", "training", "training.bundle", "training.events"},
+    "service.jobs": {
+        "service.errors",
+        "service.telemetry",
+        "training",
+        "training.bundle",
+        "training.dataset_report",
+        "training.events",
+    },
     "service.api": {
         "service.errors",
         "service.telemetry",
@@ -71,6 +79,8 @@ ALLOWED = {
         "service.jobs",
         "training",
         "training.bundle",
+        "training.dataset_report",
+        "training.events",
     },
     "service.client": {"service.api", "service.jobs"},
     "service.app": {"service", "training", "training.devices", "training.processors"},

@@ -536,8 +536,8 @@ def _show_report(report: Any) -> None:
     table = Table("class", "images", "train", "test", "in the model", title=f"{report.name}: {report.images} images")
     known = report.base.known if report.base else {}
     for row in report.classes:
-        counts = ("" if count is None else str(count) for count in (row.images, row.train, row.test))
-        table.add_row(row.name, *counts, known.get(row.name, "new" if report.base else ""))
+        cells = ("" if count is None else str(count) for count in (row.images, row.train, row.test))
+        table.add_row(row.name, *cells, known.get(row.name, "new" if report.base else ""))
     out.print(table)
     for rejection in report.rejected.first[:10]:
         _tell(f"left out: {rejection.file}: {rejection.detail} ({rejection.code})")

@@ -273,7 +273,7 @@ def deeper(
         for network in networks
     ]
     allowed = [candidate for candidate in candidates if forgets_little(task, candidate)]
-    return min([head, *allowed], key=lambda candidate: nll(candidate.held_logits, candidate.held_labels))
+    return min([head, *allowed], key=lambda candidate: regret(task, candidate))
 
 
 def steps_for(task: Task, count: int) -> int:
@@ -283,6 +283,14 @@ def steps_for(task: Task, count: int) -> int:
     if count < MANY_PICTURES:
         return FEW_STEPS
     return min(MOST_STEPS, max(MANY_STEPS, 2 * count // tuning.batch_size))
+
+
+def regret(task: Task, candidate: Candidate) -> float:
+    """NLL on the new pictures' validation part, and as much again of that on old pictures, where there are any."""
+    loss, check = nll(candidate.held_logits, candidate.held_labels), task.past.check
+    if check is None:
+        return loss
+    return loss + nll(infer(candidate.network.to(task.device), check.images, task.device), check.labels)
 
 
 def forgets_little(task: Task, candidate: Candidate) -> bool:

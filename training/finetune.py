@@ -41,7 +41,6 @@ RUN = "run.json"
 EVENTS = "events.jsonl"
 DATA = "data"
 
-REPLAYED = 5000  # pictures of the base's training set
 GUARD_MARGINS = {"mnist": 0.003}  # share of the base's own test set that may be lost; a good model has less to lose
 GUARD_MARGIN = 0.005
 TIMED_ROUNDS = 30
@@ -183,7 +182,14 @@ def accepted(plan: Plan, base: intake.Base, into: Path, options: Options) -> Rep
         return Report.model_validate_json((into / intake.REPORT).read_bytes())
     shutil.rmtree(into, ignore_errors=True)  # what a kill left of it
     with intake.opened(plan.dataset, options.data, plan.limit) as archive:
-        return intake.check(archive, Path(plan.dataset).stem, base=base, into=into)
+        return intake.check(archive, called(Path(plan.dataset)), base=base, into=into)
+
+
+def called(dataset: Path) -> str:
+    """What a data set is called: as it was when it was checked before, or by its file."""
+    if dataset.name == intake.DATA and (before := dataset.with_name(intake.REPORT)).exists():
+        return Report.model_validate_json(before.read_bytes()).name
+    return dataset.stem
 
 
 def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:
@@ -219,8 +225,7 @@ def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Opt
             tell(events.Notice(message=f"the base's own data isn't here ({error}); its bundle's features stand in"))
         else:
             fitted, check = holdout(found.train, float(manifest.recipe.settings.get("holdout", 0.02)))
-            replay, _ = holdout(fitted, 1 - min(1.0, REPLAYED / len(fitted)), plan.seed)
-            return Past(replay if plan.tuning.replay else None, check, found.test, features)
+            return Past(fitted if plan.tuning.replay else None, check, found.test, features)
     return Past(features=features)
 
 

@@ -1,4 +1,4 @@
-"""A stranger's pictures to a data set that can be trained on: each is decoded and compared, and a report says of all.
+"""A stranger's pictures to a data set that can be trained on: each is decoded and compared, and all is reported.
 
 `check` refuses what can't be learnt from, and can write the rest in one form, `data.zip` with `dataset.json`, whose
 bytes depend on nothing but the pictures. Needs no torch.

@@ -3,6 +3,8 @@
 import logging
 import re
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -57,42 +59,53 @@ class Observe:
             logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
 
 
+@dataclass(frozen=True)
+class Cap:
+    """The most bytes that a body may have, and what to say of it."""
+
+    max_bytes: int
+    setting: str
+    remedy: str
+
+
 class BodyLimit:
     """Refuse a body over the limit: by its declared length before any of it is read, else as soon as it is passed.
 
-    A client that leaves before its body's end is a ClientGone, whoever was reading.
+    A client that leaves before its body's end is a ClientGone, whoever was reading. Paths that stream larger bodies to
+    disk have caps of their own.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, cap: Cap, by_path: Mapping[str, Cap] | None = None) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self.cap = cap
+        self.by_path = by_path or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        cap = self.by_path.get(scope["path"], self.cap)
         length = Headers(scope=scope).get("content-length", "")
         declared = int(length) if length.isdigit() else 0
         received, whole = 0, False
 
         async def receive_capped() -> Message:
             nonlocal received, whole
-            if declared > self.max_bytes:
-                raise self._too_large(f"{declared}")
+            if declared > cap.max_bytes:
+                raise _too_large(f"{declared}", cap)
             message = await receive()
             if message["type"] == "http.disconnect" and not whole:
                 raise ClientGone("the client closed the connection before its request was whole")
             whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise self._too_large(f"more than {self.max_bytes}")
+            if received > cap.max_bytes:
+                raise _too_large(f"more than {cap.max_bytes}", cap)
             return message
 
         await self.app(scope, receive_capped, send)
 
-    def _too_large(self, size: str) -> BodyTooLarge:
-        return BodyTooLarge(
-            f"the body has {size} bytes; the limit is {self.max_bytes} (SAFELIGHT_MAX_BODY_BYTES): "
-            "send fewer or smaller pictures",
-            limit=self.max_bytes,
-        )
+
+def _too_large(size: str, cap: Cap) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the body has {size} bytes; the limit is {cap.max_bytes} ({cap.setting}): {cap.remedy}", limit=cap.max_bytes
+    )

@@ -30,8 +30,9 @@ from service.api.openai_objects import (
     own_job_id,
 )
 from service.api.schemas import TrainRequest
+from service.errors import DatasetNotFound
 from service.jobs import history
-from service.jobs.datasets import DatasetNotFound, DatasetRecord, DatasetStore
+from service.jobs.datasets import DatasetRecord, DatasetStore
 from service.jobs.job import Job
 from service.jobs.runner import Runner
 from service.jobs.store import JobStore
@@ -72,7 +73,7 @@ async def list_files(
     after: After = None,
 ) -> Page[File]:
     """The uploaded archives, newest first."""
-    records = await asyncio.to_thread(datasets.list) if purpose == FINE_TUNE else []
+    records = await datasets.list() if purpose == FINE_TUNE else ()
     files = sorted(map(File.of, records), key=lambda file: (file.created_at, file.id), reverse=order == "desc")
     return _page(files, after, limit)
 
@@ -94,7 +95,7 @@ async def get_content(file_id: str, datasets: DatasetsDep) -> FileResponse:
 async def delete_file(file_id: str, datasets: DatasetsDep) -> FileDeleted:
     """Delete an archive; refused while a job uses it."""
     record = await _dataset(datasets, file_id, "file_id")
-    await asyncio.to_thread(datasets.delete, record.id)
+    await datasets.delete(record.id)
     return FileDeleted(id=file_id)
 
 
@@ -226,7 +227,7 @@ def _page(items: Sequence[Value], after: str | None, limit: int) -> Page[Value]:
 async def _dataset(datasets: DatasetStore, file_id: str, param: str) -> DatasetRecord:
     """Raises DatasetNotFound in the client's words."""
     try:
-        return await asyncio.to_thread(datasets.get, dataset_id(file_id) or "")
+        return await datasets.get(dataset_id(file_id) or "")
     except DatasetNotFound as error:
         message = f"there is no file {file_id[:80]!r}; GET /v1/files lists those that there are"
         raise DatasetNotFound(message, param=param) from error

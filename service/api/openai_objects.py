@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from service.jobs.datasets import DatasetRecord
 from service.jobs.job import Builtin, Job, Promote, Status
 from training import events
 
@@ -119,6 +120,11 @@ class File(BaseModel):
     filename: str
     purpose: Literal["fine-tune"] = "fine-tune"
     status: Literal["processed"] = "processed"  # it was checked before it got an id
+
+    @classmethod
+    def of(cls, record: DatasetRecord) -> "File":
+        created_at, report = int(record.created_at.timestamp()), record.report
+        return cls(id=file_id(record.id), bytes=report.bytes, created_at=created_at, filename=f"{report.name}.zip")
 
 
 class FileDeleted(BaseModel):

@@ -19,7 +19,7 @@ from service.api.schemas import TrainRequest, TrainSettings
 from service.errors import DatasetNotFound, KeyInvalid, MalformedBody, NameTaken, UnsupportedBody
 from service.inference.registry import Registry
 from service.jobs.datasets import DatasetStore
-from service.jobs.job import Builtin, Dataset, Order
+from service.jobs.job import Builtin, Order, Pictures
 from service.jobs.store import JobStore
 from service.settings import Settings
 from training.bundle import store
@@ -37,7 +37,7 @@ class Asked:
     """What a request says; a form may hold an archive in place of a data set that is here already."""
 
     settings: TrainSettings
-    dataset: Dataset | UploadFile
+    dataset: Pictures | UploadFile
 
     async def fingerprint(self) -> str:
         """Equal for requests that ask for the same."""
@@ -132,8 +132,8 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
 
 
 async def _data(
-    dataset: Dataset | UploadFile, base: str, datasets: DatasetStore, settings: Settings
-) -> tuple[Dataset, Sequence[str]]:
+    dataset: Pictures | UploadFile, base: str, datasets: DatasetStore, settings: Settings
+) -> tuple[Pictures, Sequence[str]]:
     """The data set as a job names it, and its classes, as far as they are known."""
     if isinstance(dataset, Builtin):
         if settings.data is None:
@@ -143,7 +143,7 @@ async def _data(
     if isinstance(dataset, UploadFile):
         record = await datasets.receive(chunks(dataset), model=base)
     else:
-        record = await asyncio.to_thread(datasets.get, dataset)
+        record = await datasets.get(dataset)
     return record.id, record.classes
 
 

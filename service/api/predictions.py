@@ -1,14 +1,15 @@
 """POST /predict: body in, one call, answer out."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Annotated, TypeVar
+from collections.abc import Sequence
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from service import errors
 from service.api import problems
 from service.api.bodies import read_pictures
+from service.api.connection import while_connected
 from service.api.dependencies import RegistryDep, SettingsDep
 from service.api.schemas import Base64Images, FailedPrediction, Prediction, Predictions, Problem
 from service.inference.predictor import Answered, Picture
@@ -16,8 +17,6 @@ from service.inference.registry import Entry, Registry
 from training import SafelightError
 from training.bundle import images, store
 from training.bundle.manifest import Manifest
-
-T = TypeVar("T")
 
 router = APIRouter()
 
@@ -85,7 +84,7 @@ async def predict(
     deadline = asyncio.get_running_loop().time() + seconds
     entry = registry.entry(model, version)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version, "images": len(pictures)}
-    manifest, answered = await _while_connected(request, _answer(registry, entry, pictures, top_k, deadline))
+    manifest, answered = await while_connected(request, _answer(registry, entry, pictures, top_k, deadline))
     return _reply(request, manifest, answered)
 
 
@@ -100,24 +99,6 @@ async def _answer(
     manifest = predictor.manifest
     best = min(5, len(manifest.classes)) if top_k is None else top_k
     return manifest, await predictor.predict(pictures, best, deadline)
-
-
-async def _while_connected(request: Request, work: Coroutine[None, None, T]) -> T:
-    """Do the work unless the client leaves first; then what is left of it is dropped. Raises ClientGone."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise errors.ClientGone("the client closed the connection before its answer was ready")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _reply(request: Request, manifest: Manifest, answered: Answered) -> Response:

@@ -65,6 +65,11 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.KeyInUse: Kind(409, "idempotency_key_in_use", "The first request with this key is still being answered"),
     errors.DatabaseUnavailable: Kind(503, "database_unavailable", "The database of jobs can't be reached"),
     tuning.TuningInvalid: Kind(422, "recipe_invalid", "Not a setting of fine-tuning, or out of its range"),
+    errors.DatasetInUse: Kind(409, "dataset_in_use", "A job uses the data set"),
+    errors.DatasetRefused: Kind(422, "dataset_refused", "The data set can't be used"),
+    errors.CheckFailed: Kind(500, "check_failed", "The data set couldn't be checked"),
+    errors.DiskFull: Kind(507, "disk_full", "The disk is full"),
+    errors.StateUnwritable: Kind(503, "state_unwritable", "The state folder can't be written"),
 }
 
 INTERNAL = Kind(500, "internal_error", "Something went wrong here")

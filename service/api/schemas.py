@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.jobs.job import Dataset, Job, Metadata, Promote
+from service.jobs.job import Job, Metadata, Pictures, Promote
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
+from training.dataset_report import Report
 
 
 class Score(BaseModel):
@@ -98,6 +99,38 @@ class Active(BaseModel):
     version: str
 
 
+class BuiltInDataset(BaseModel):
+    """A data set made of pictures that the service has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    builtin: Literal["mnist", "cifar10"]
+    limit: int | None = Field(None, ge=20, description="so many training pictures; all of both splits if left out")
+    model: str | None = Field(None, description="the model that it is meant for")
+    version: str | None = None
+    name: str | None = None
+
+
+class Dataset(Report):
+    """What was found in a data set when it was checked."""
+
+    created_at: datetime
+
+
+class DatasetSummary(BaseModel):
+    id: str
+    name: str
+    created_at: datetime
+    images: int
+    bytes: int
+    divided: bool
+    classes: list[str]
+
+
+class Datasets(BaseModel):
+    datasets: list[DatasetSummary] = Field(description="newest first")
+
+
 class Health(BaseModel):
     status: Literal["live", "ready"]
 
@@ -130,7 +163,7 @@ class TrainSettings(BaseModel):
 class TrainRequest(TrainSettings):
     """And on what. In a form `dataset` may be the archive itself, and `recipe` is JSON."""
 
-    dataset: Dataset
+    dataset: Pictures
 
 
 class Jobs(BaseModel):

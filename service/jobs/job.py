@@ -40,7 +40,7 @@ class Builtin(_Record):
     limit: int | None = Field(None, ge=20, le=50_000, description="take so many pictures; all of them if left out")
 
 
-Dataset = Annotated[str | Builtin, Field(description="an uploaded set's id, or a built-in one")]
+Pictures = Annotated[str | Builtin, Field(description="an uploaded set's id, or a built-in one")]
 
 
 Metadata = Annotated[
@@ -55,7 +55,7 @@ class Order(_Record):
     model: ModelName = Field(description="the base")
     version: Version = Field(description="of the base")
     name: ModelName = Field(description="the model that the result is a version of")
-    dataset: Dataset
+    dataset: Pictures
     seed: int
     promote: Promote
     recipe: dict[str, Any] = Field(description="the settings that differ from the defaults")

@@ -24,7 +24,7 @@ from service.errors import (
 )
 from service.jobs import tables
 from service.jobs.home import home
-from service.jobs.job import AT_WORK, FOLLOWING, TERMINAL, Builtin, Dataset, Job, Order, Status, Wish, new_id
+from service.jobs.job import AT_WORK, FOLLOWING, TERMINAL, Builtin, Job, Order, Pictures, Status, Wish, new_id
 from service.telemetry import logger
 
 KEYS_KEPT = timedelta(hours=24)
@@ -286,7 +286,7 @@ def _as_job(row: Row[Any]) -> Job:
     columns = dict(row._mapping)
     del columns["cleared"]
     name, limit = columns.pop("dataset"), columns.pop("dataset_limit")
-    dataset: Dataset = name if name.startswith("ds-") else Builtin(builtin=name, limit=limit)
+    dataset: Pictures = name if name.startswith("ds-") else Builtin(builtin=name, limit=limit)
     return Job(**columns, dataset=dataset)
 
 

@@ -23,7 +23,7 @@ class Tuning(BaseModel):
         "does so where there are at least 300 pictures and 20 of each class",
     )
     epochs: float | None = Field(None, gt=0, le=1000, description="passes over the pictures, of the training after it")
-    batch_size: int = Field(32, ge=2, le=1024)
+    batch_size: int = Field(32, ge=2, le=1024, description="new pictures in a step; as many are replayed beside them")
     learning_rate: float = Field(1.0, gt=0, le=100, description="multiplies every rate of the training")
     shift: int = Field(2, ge=0, le=16, description="pictures move by at most this many pixels, borders reflected")
     flip: bool | None = Field(None, description="mirror pictures; left out: where the base model's recipe does")

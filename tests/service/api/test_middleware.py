@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from starlette.types import Message, Scope
 
-from service.api.middleware import BodyLimit
+from service.api.middleware import BodyLimit, Cap
 from service.app import create_app
 from service.errors import BodyTooLarge
 from service.settings import Settings
@@ -159,8 +159,8 @@ def test_a_streamed_body_is_refused_at_the_first_byte_too_many() -> None:
     async def send(message: Message) -> None:
         raise AssertionError(json.dumps(str(message)))
 
-    limited = BodyLimit(app, max_bytes=100)
+    limited = BodyLimit(app, Cap(100, "A_SETTING", "send less"))
     with pytest.raises(BodyTooLarge, match=r"the body has more than 100 bytes; the limit is 100"):
-        asyncio.run(limited({"type": "http", "headers": []}, receive, send))
+        asyncio.run(limited({"type": "http", "path": "/", "headers": []}, receive, send))
     assert read == [60]
     assert len(messages) == 1  # the third chunk was never asked for
