@@ -253,16 +253,14 @@ class Server:
         return self.process.wait(30)
 
 
-@contextmanager
-def serving(artifacts: Path, tmp_path: Path, *arguments: str, **settings: str) -> Iterator[Server]:
-    """Start a server on artifacts and wait until it answers; it is gone at the end, whatever happens."""
-    log = tmp_path / "server.log"
+def launch(artifacts: Path, tmp_path: Path, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+    """Start a server in a session of its own; its state and its log lie under tmp_path."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("SAFELIGHT_")}
     environ |= {"SAFELIGHT_ARTIFACTS": str(artifacts), "SAFELIGHT_STATE": str(tmp_path / "state")}
     environ |= {"SAFELIGHT_PORT": "0", "SAFELIGHT_LOG_FORMAT": "json"}
     environ |= {f"SAFELIGHT_{name.upper()}": value for name, value in settings.items()}
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
+    with (tmp_path / "server.log").open("w") as stderr:
+        return subprocess.Popen(
             [sys.executable, "-m", "service", *arguments],
             env=environ,
             stdout=subprocess.PIPE,
@@ -270,6 +268,12 @@ def serving(artifacts: Path, tmp_path: Path, *arguments: str, **settings: str) -
             text=True,
             start_new_session=True,
         )
+
+
+@contextmanager
+def serving(artifacts: Path, tmp_path: Path, *arguments: str, **settings: str) -> Iterator[Server]:
+    """Start a server on artifacts and wait until it answers; it is gone at the end, whatever happens."""
+    process, log = launch(artifacts, tmp_path, *arguments, **settings), tmp_path / "server.log"
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

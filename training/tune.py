@@ -249,7 +249,10 @@ class _Tuning:
         self.save()
         step = self.state.step
         self.emit(events.Checkpointed(step=step, path=str(self.run / CHECKPOINT)))
-        raise Interrupted(step) if by_signal else DeadlinePassed(step)
+        if not by_signal:
+            raise DeadlinePassed(step)
+        self.emit(events.Interrupted(step=step))
+        raise Interrupted(step)
 
 
 def _moving(network: ConvNet) -> list[nn.Parameter]:

@@ -36,10 +36,16 @@ class Child:
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=log, stderr=log, start_new_session=True
             )
-        (folder / IDENTITY).write_text(json.dumps({"pid": process.pid, "started": _start_time(process.pid)}))
+        child = cls(process)
+        try:
+            (folder / IDENTITY).write_text(json.dumps({"pid": process.pid, "started": _start_time(process.pid)}))
+        except OSError:  # a process that nobody could find again
+            child.kill()
+            await process.wait()
+            raise
         with suppress(OSError):  # another system, or the process is over
             (PROC / str(process.pid) / "oom_score_adj").write_text(FIRST_TO_GO)
-        return cls(process)
+        return child
 
     async def exited(self, seconds: float) -> int | None:
         """Its exit code, negative for a signal; None where it still runs after so long."""

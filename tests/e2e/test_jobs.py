@@ -1,47 +1,58 @@
-"""Fine-tuning by the real service, in real processes: from the request to the answer, through all interruptions."""
+"""Fine-tuning by the real service in real processes, from the request to the answer, whatever comes between."""
 
 import json
+import os
+import random
+import signal
 import struct
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.tiny import Server, serving
+from service.client import Client
+from service.jobs.job import TERMINAL, Job
+from service.jobs.store import open_store
+from tests.tiny import Server, encode, launch, serving
+from training.bundle import store
 
 pytestmark = pytest.mark.slow
 
-ROWS = {"model": "tiny", "dataset": {"builtin": "mnist", "limit": 400}, "name": "rows"}
-LONG = {"depth": "full", "epochs": 200, "replay": False}
+ROWS = {"builtin": "mnist", "limit": 400}  # what `data` puts in the place of MNIST
+QUICK = {"depth": "head"}  # only starting the process takes long
+LONG = {"depth": "full", "epochs": 1000}
+
+
+def row(digit: int, generator: np.random.Generator) -> np.ndarray:
+    pixels = generator.integers(0, 90, (28, 28), dtype=np.uint8)
+    pixels[3 + 2 * digit : 5 + 2 * digit] = 220
+    return pixels
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """In the place of MNIST: a bright row each, 28 x 28, whose height is the digit."""
+    """In the place of MNIST: a bright row each, whose height is the digit."""
     generator = np.random.default_rng(0)
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, count in (("train", 600), ("t10k", 100)):
+    for part, count in (("train", 600), ("t10k", 20)):
         labels = np.arange(count, dtype=np.uint8) % 10
-        images = generator.integers(0, 90, (count, 28, 28), dtype=np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[3 + 2 * label : 5 + 2 * label] = 220
-        header = struct.pack(">IIII", 2051, count, 28, 28)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        images = np.stack([row(digit, generator) for digit in labels])
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, *images.shape) + images.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
     return tmp_path / "data"
 
 
 @pytest.fixture
-def service(tiny: Path, data: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Starts the service on tiny@1; again and again in the same folders, if a test wants."""
-    return lambda *arguments, **settings: serving(
-        tiny, tmp_path, *arguments, data=str(data), default_model="tiny", device="cpu", **settings
-    )
+def settings(data: Path) -> dict[str, str]:
+    return {"data": str(data), "default_model": "tiny", "device": "cpu", "rescan_seconds": "0.2"}
 
 
 def until(seen: Callable[[], Any], seconds: float = 60) -> Any:
@@ -52,25 +63,238 @@ def until(seen: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def test_one_request_makes_a_version_that_answers_as_soon_as_the_job_has_succeeded(service: Any) -> None:
-    with service() as server:
-        job = httpx.post(f"{server.url}/train", json=ROWS | {"promote": "always"}).json()
-        assert json.loads(stream(server, job["id"])[-1].split("data: ")[1])["event"] == "decided"
-        picture = np.zeros((28, 28), np.uint8)
-        from PIL import Image
-
-        from tests.tiny import encode
-
-        picture[3 + 2 * 7 : 5 + 2 * 7] = 220
-        answer = httpx.post(
-            f"{server.url}/predict?model=rows",
-            content=encode(Image.fromarray(picture)),
-            headers={"Content-Type": "image/png"},
-        )
-        assert answer.status_code == 200
+def told(state: Path, job: str, event: str) -> list[dict[str, Any]]:
+    """Events of one kind, as far as they have come."""
+    path = state / "jobs" / job / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for line in found if line["event"] == event]
 
 
-def stream(server: Server, job: str) -> list[str]:
+def child_of(state: Path, job: str) -> int | None:
+    """The process that works at a job."""
+    with suppress(OSError, ValueError):
+        pid = json.loads((state / "jobs" / job / "child.json").read_bytes())["pid"]
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        return pid if str(state) in command else None
+    return None
+
+
+def processes(folder: Path) -> list[str]:
+    """The commands of all processes that have to do with a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_text().replace("\0", " "))
+    return [command for command in found if str(folder) in command]
+
+
+def test_one_request_makes_a_version_that_answers_once_its_job_has_succeeded(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    with serving(tiny, tmp_path, **settings) as server:
+        asked = {"model": "tiny", "dataset": ROWS, "name": "rows", "recipe": QUICK, "promote": "always"}
+        job = httpx.post(f"{server.url}/train", json=asked).json()["id"]
+        told_last = events(server, job)[-1]
+        assert told_last.startswith("event: end\n")
+        done = Job.model_validate_json(told_last.split("data: ")[1])
+        picture = encode(Image.fromarray(row(7, np.random.default_rng(1))))
+        answer = httpx.post(f"{server.url}/predict?model=rows", files={"file": picture}).json()
+        assert done.status == "succeeded", (done, server.log.read_text())
+        assert done.result is not None
+        assert {name: done.result[name] for name in ("model", "version", "promoted")} == {
+            "model": "rows",
+            "version": "1",
+            "promoted": True,
+        }
+        assert (answer["model"], answer["version"], answer["predictions"][0]["label"]) == ("rows", "1", "7")
+        assert httpx.get(f"{server.url}/train/{job}").json() == done.model_dump(mode="json")
+        assert "tiny@1" in httpx.get(f"{server.url}/train/{job}/log").text or done.result["base"] == "tiny@1"
+        assert 'safelight_job_seconds_count{status="succeeded"} 1.0' in httpx.get(f"{server.url}/metrics").text
+    assert processes(tmp_path) == []
+
+
+def events(server: Server, job: str) -> list[str]:
     headers = {"Accept": "text/event-stream"}
-    reply = httpx.get(f"{server.url}/train/{job}/events", headers=headers, timeout=120)
-    return reply.text.strip().split("\n\n")
+    return httpx.get(f"{server.url}/train/{job}/events", headers=headers, timeout=120).text.strip().split("\n\n")
+
+
+def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
+        job = safelight.train(ROWS, model="tiny", name="rows", recipe=LONG).id
+        until(lambda: told(state, job, "progress"))
+        assert safelight.job(job).status == "running"
+        curve = httpx.get(f"{server.url}/train/{job}/curve.png")
+        assert (curve.headers["content-type"], curve.content[:4]) == ("image/png", b"\x89PNG")
+
+        asked = time.monotonic()
+        assert safelight.pause(job).wanted == "pause"
+        until(lambda: safelight.job(job).status == "paused", 5)
+        assert time.monotonic() - asked < 4
+        assert child_of(state, job) is None
+        step = told(state, job, "interrupted")[0]["step"]
+
+        assert safelight.resume(job).status == "queued"
+        until(lambda: told(state, job, "progress")[-1]["step"] > step)
+        assert step + 1 in [event["step"] for event in told(state, job, "progress")]
+
+        asked = time.monotonic()
+        assert safelight.cancel(job).wanted == "cancel"
+        until(lambda: safelight.job(job).status == "cancelled", 5)
+        assert time.monotonic() - asked < 4
+        until(lambda: not (state / "jobs" / job / "checkpoint.pt").exists(), 5)
+    assert processes(tmp_path) == []
+    assert not (tiny / "rows").exists()
+
+
+def test_when_the_service_is_stopped_its_jobs_wait_and_go_on_with_the_next_one(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
+        job = safelight.train(ROWS, model="tiny", name="rows", recipe=LONG).id
+        until(lambda: told(state, job, "progress"))
+        assert server.stop() == 0
+        assert processes(tmp_path) == []
+        assert "Traceback" not in server.log.read_text()
+    with closing(open_store(state)) as jobs:
+        assert jobs.get(job).status == "queued"
+    (interrupted,) = told(state, job, "interrupted")
+    with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
+        until(lambda: told(state, job, "progress")[-1]["step"] > interrupted["step"])
+        assert safelight.cancel(job).status == "running"
+        assert safelight.wait(job, timeout=10).status == "cancelled"
+
+
+def test_of_several_workers_one_does_the_jobs_and_another_takes_over_when_it_dies(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with serving(tiny, tmp_path, "--workers", "2", **settings) as server, Client(server.url) as safelight:
+        job = safelight.train(ROWS, model="tiny", name="rows", recipe=LONG).id
+        until(lambda: told(state, job, "progress"))
+        first = child_of(state, job)
+        assert first is not None
+        runner = int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1])
+        assert runner != server.process.pid
+        os.kill(runner, signal.SIGKILL)
+        until(lambda: child_of(state, job) not in (None, first))
+        until(lambda: safelight.job(job).status == "running")
+        for _ in range(4):  # whichever worker is asked
+            with Client(server.url) as another:
+                assert another.job(job).id == job
+        safelight.cancel(job)
+        assert safelight.wait(job, timeout=10).status == "cancelled"
+        assert server.stop() == 0
+    assert processes(tmp_path) == []
+
+
+def test_two_services_on_one_database_do_their_own_jobs_and_know_of_the_others(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    shared = settings | {"database_url": f"sqlite:///{tmp_path}/shared.db"}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with (
+        serving(tiny, tmp_path / "one", **shared) as one,
+        serving(tiny, tmp_path / "two", **shared) as two,
+        Client(one.url) as first,
+        Client(two.url) as second,
+    ):
+        ours = first.train(ROWS, model="tiny", name="ones", recipe=QUICK).id
+        theirs = second.train(ROWS, model="tiny", name="twos", recipe=QUICK).id
+        assert second.wait(ours, timeout=60).status == first.wait(theirs, timeout=60).status == "succeeded"
+        assert [job.id for job in first.jobs()] == [job.id for job in second.jobs()] == [theirs, ours]
+        assert first.events(ours)
+        elsewhere = httpx.get(f"{two.url}/train/{ours}/events")
+        assert (elsewhere.status_code, elsewhere.json()["code"]) == (404, "job_file_not_found")
+    assert os.listdir(tmp_path / "one" / "state" / "jobs") == [ours]
+    assert os.listdir(tmp_path / "two" / "state" / "jobs") == [theirs]
+
+
+# --- killed at any moment ---
+
+
+KILLS = 20
+
+
+class Storm:
+    """A service that is killed, or its training process, or both, and started again."""
+
+    def __init__(self, start: Callable[[], Popen[str]], state: Path, job: str) -> None:
+        self.start = start
+        self.state = state
+        self.job = job
+        self.service = start()
+        self.random = random.Random(7)
+        self.kills: list[str] = []
+        self.deaths = 0  # of the training process, since it last wrote a checkpoint; at five it is given up
+        self.checkpoints = 0
+
+    def __enter__(self) -> "Storm":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.service.terminate()
+        self.service.communicate()
+
+    def strike(self) -> None:
+        """Kill something, at any moment of its start, or while it trains."""
+        if self.random.random() < 0.35:
+            step = self._step()
+            until(lambda: self._step() > step or self._is_over(), 120)
+            time.sleep(self.random.uniform(0, 0.3))
+        else:
+            time.sleep(self.random.uniform(0, 1.5))
+        what = self.random.choice(["child", "service", "both"])
+        child = child_of(self.state, self.job)
+        if what != "service" and child is not None and self._may_die():
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            self.kills.append("child")
+        if what != "child":
+            self.service.kill()
+            self.service.communicate()
+            self.service = self.start()
+            self.kills.append("service")
+
+    def _may_die(self) -> bool:
+        checkpoints = len(told(self.state, self.job, "checkpointed"))
+        self.deaths = 1 if checkpoints > self.checkpoints else self.deaths + 1
+        self.checkpoints = checkpoints
+        return self.deaths < 4
+
+    def _step(self) -> int:
+        return len(told(self.state, self.job, "progress"))
+
+    def _is_over(self) -> bool:
+        return bool(told(self.state, self.job, "decided") or told(self.state, self.job, "failed"))
+
+
+def weights(artifacts: Path, model: str) -> str:
+    (ref,) = store.versions(artifacts, model)
+    return store.read_manifest(artifacts, ref).weights_sha256
+
+
+@pytest.mark.timeout(600)  # on a busy machine; on one of its own, about a minute
+def test_a_job_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_never_was(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    state, recipe = tmp_path / "state", {"depth": "full", "epochs": 40}
+    with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
+        calm = safelight.train(ROWS, model="tiny", name="calm", recipe=recipe).id
+        assert safelight.wait(calm, timeout=120).status == "succeeded"
+        stormy = safelight.train(ROWS, model="tiny", name="stormy", recipe=recipe).id
+    with Storm(lambda: launch(tiny, tmp_path, **settings), state, stormy) as storm, closing(open_store(state)) as jobs:
+        while len(storm.kills) < KILLS and jobs.get(stormy).status not in TERMINAL:
+            storm.strike()
+        until(lambda: jobs.get(stormy).status in TERMINAL, 300)
+        done = jobs.get(stormy)
+    assert done.status == "succeeded", done
+    assert len(storm.kills) >= KILLS
+    assert weights(tiny, "stormy") == weights(tiny, "calm")
+    assert processes(tmp_path) == []
+    assert not list(tiny.glob("*/.staging-*"))

@@ -29,7 +29,7 @@ class Golden:
 class Agreement:
     """How far one run of the golden inputs is from another."""
 
-    logit_difference: float  # the largest, over all samples and classes
+    logit_difference: float  # the largest, over all samples and classes; where logits pass 100, by their size
     probability_difference: float  # likewise, after calibration
     argmax_differences: int  # samples whose best class differs
 
@@ -66,8 +66,9 @@ def compare(reference: Logits, candidate: Logits, temperature: float) -> Agreeme
     if not np.isfinite(candidate).all():
         raise GoldenMismatch("the model answers the golden inputs with NaN or infinity")
     chances = probabilities(reference, temperature), probabilities(candidate, temperature)
+    size = max(1.0, float(np.abs(reference).max()) / 100)  # float32 has seven digits, wherever the point is
     return Agreement(
-        logit_difference=float(np.abs(reference - candidate).max()),
+        logit_difference=float(np.abs(reference - candidate).max()) / size,
         probability_difference=float(np.abs(chances[0] - chances[1]).max()),
         argmax_differences=int((reference.argmax(1) != candidate.argmax(1)).sum()),
     )

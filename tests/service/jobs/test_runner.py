@@ -5,10 +5,11 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,45 @@ async def test_a_data_set_that_has_gone_fails_the_job(shop: Workshop) -> None:
     async with shop.runner().working():
         failed = await shop.until(job, "failed")
     assert failed.error == Error(code="dataset_not_found", message="there is no data set ds-gone")
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """A small disk of its own in the place of a folder, with no room left."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a disk can't be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        with suppress(OSError):
+            (folder / "filler").write_bytes(bytes(100_000))
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_fails_the_job_and_leaves_no_process(shop: Workshop) -> None:
+    async def main() -> None:
+        job = shop.queue(steps=10_000)
+        async with shop.runner().working():
+            failed = await shop.until(job, "failed")
+        message = "the disk of the state folder is full; free some of it, then start the job again"
+        assert failed.error == Error(code="disk_full", message=message)
+        assert not any(str(shop.root) in words for words in commands())
+
+    with full_disk(shop.root / "jobs"):
+        asyncio.run(main())
+
+
+def commands() -> list[str]:
+    """Of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_text().replace("\0", " "))
+    return found
 
 
 @in_loop
