@@ -20,7 +20,7 @@
   + NotReady               no model can answer yet or at all, or the service is stopping
   + DatasetNotFound        no such data set
   + DatasetInUse           a job reads it
-  + DatasetRefused         not a data set that can be learnt from; `reason` says which rule it breaks
+  + DatasetRefused         no data set that can be learnt from; `reason` says which rule it breaks
   + CheckFailed            the program that checks data sets failed, not the data set
   + DiskFull               no room in the state folder
   + StateUnwritable        a state folder that the system doesn't let us write
