@@ -14,6 +14,7 @@ import typer
 from service.api import problems
 from service.app import create_app
 from service.settings import PREFIX, Settings
+from training import archives, events, intake, layout
 from training.__main__ import app as command_line
 from training.bundle import store
 from training.bundle.tuning import Tuning
@@ -45,6 +46,17 @@ def errors() -> str:
     kinds = [*problems.PROBLEMS.values(), problems.INVALID_PARAMETER, *problems.HTTP.values(), problems.INTERNAL]
     rows = [(f"`{kind.code}`", str(kind.status), kind.title) for kind in sorted(kinds, key=lambda kind: kind.status)]
     return table(("code", "status", "what"), rows)
+
+
+def refusals() -> str:
+    """Every reason to refuse a data set, with the first sentence of its documentation."""
+    modules = (layout, archives, intake)
+    kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    refused = [kind for kind in kinds if issubclass(kind, layout.DatasetError) and kind is not layout.DatasetError]
+    rows = [(f"`{events.code_of(kind('x'))}`", (kind.__doc__ or "").split("\n")[0]) for kind in refused]
+    rows.append(("`dataset_error`", "A built-in data set whose files aren't in SAFELIGHT_DATA."))
+    rows.append(("`out_of_memory`", "Checking it needs more than SAFELIGHT_DATASET_MEMORY_BYTES."))
+    return table(("reason", "what"), sorted(rows))
 
 
 def routes() -> str:
@@ -103,6 +115,7 @@ def results() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings,
     "errors": errors,
+    "refusals": refusals,
     "routes": routes,
     "commands": commands,
     "results": results,

@@ -30,7 +30,7 @@
   + KeyInUse               the first request with this Idempotency-Key is still being answered
   + DatabaseUnavailable    the database of jobs can't be reached
   + DatasetInUse           a job reads it
-  + DatasetRefused         not a data set that can be learnt from; `reason` says which rule it breaks
+  + DatasetRefused         no data set that can be learnt from; `reason` says which rule it breaks
   + CheckFailed            the program that checks data sets failed, not the data set
   + DiskFull               no room in the state folder
   + StateUnwritable        a state folder that the system doesn't let us write

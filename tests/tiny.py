@@ -9,11 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import numpy as np
@@ -235,6 +238,38 @@ def write_class_folders(root: Path, dataset: Dataset) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).save(folder / f"{index:04}.png")
     return root
+
+
+# --- archives ---
+
+
+def pictures(*labels: str, count: int = 10, seed: int = 0) -> dict[str, bytes]:
+    """`<label>/<number>.png`: coarse coloured noise, 16 x 16, no two of them alike."""
+    random = np.random.default_rng(seed)
+    files = {}
+    for label in labels:
+        for index in range(count):
+            noise = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            files[f"{label}/{index:02}.png"] = encode(noise.resize((16, 16), Image.Resampling.NEAREST))
+    return files
+
+
+def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def tarred(files: Mapping[str, bytes], packing: Literal["", "gz", "bz2", "xz"] = "") -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode=f"w:{packing}") as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return packed.getvalue()
 
 
 # --- a server of its own ---

@@ -294,9 +294,7 @@ class _Zip:
         for info in sorted(self._archive.infolist(), key=lambda info: info.header_offset):
             if info.header_offset < end:
                 name = shown(_zip_path(info))
-                raise ArchiveUnsafe(
-                    f"the entry {name!r} shares its bytes with another; pack the pictures anew", entry=name
-                )
+                raise ArchiveUnsafe(f"the entry {name!r} shares its bytes with another; pack them anew", entry=name)
             # The least that it takes: its local header may have more extra fields than the directory says.
             end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size
 

@@ -41,7 +41,8 @@ class Signatures:
         count, channels = pixels.shape[:2]
         light = np.tensordot(_scaled(pixels, 8, 9), _light(channels), (1, 0))  # [N, 8, 9]
         rises = light[..., 1:] > light[..., :-1] + STEP
-        hashes = np.packbits(rises.reshape(count, 64), axis=1).view(np.uint64).ravel()
+        parts = rises.reshape(count, 64 // PARTS, PARTS).swapaxes(1, 2)  # each from all over: borders are often empty
+        hashes = np.packbits(parts.reshape(count, 64), axis=1).view(np.uint64).ravel()
         thumbnails = _scaled(pixels, THUMBNAIL, THUMBNAIL)  # [N, C, 16, 16]
         contrasts = np.sqrt(thumbnails.var(axis=(2, 3)).mean(axis=1))  # in each channel: an even red has none
         return cls(hashes, thumbnails.round().astype(np.uint8).reshape(count, channels * THUMBNAIL**2), contrasts)
@@ -60,31 +61,40 @@ def group_ids(pixels: NDArray[np.uint8]) -> Ids:
 def groups(signatures: Signatures) -> Ids:
     """The same of signatures: the least index of each picture's group."""
     ids = np.arange(len(signatures.hashes))
-    for first, second in pairs(signatures):
+    for first, second in pairs(signatures, ids):  # those that have been joined aren't compared any more
         _join(ids, first, second)
     return ids
 
 
-def pairs(signatures: Signatures) -> Iterator[tuple[Ids, Ids]]:
-    """Every pair of near-duplicates, in portions of two arrays of indices; a pair may come more than once."""
+def pairs(signatures: Signatures, kinds: Ids) -> Iterator[tuple[Ids, Ids]]:
+    """Every pair of near-duplicates of different kinds, in portions of two arrays of indices; some come twice.
+
+    Kinds may become equal while this goes on.
+    """
     shaped = np.flatnonzero(signatures.contrasts >= FLAT)
     for members in _buckets(signatures.hashes, shaped):
         hashes, contrasts = signatures.hashes[members], signatures.contrasts[members]
         outlines = signatures.thumbnails[members].astype(np.float32)
         outlines -= outlines.mean(axis=1, keepdims=True)  # that one is brighter all over is no difference
         energies = (outlines**2).sum(axis=1)
-        rows = max(1, PAIRS_AT_ONCE // len(members))
-        for start in range(0, len(members), rows):
-            block, rest = slice(start, start + rows), slice(start, None)
-            near = np.bitwise_count(hashes[block, None] ^ hashes[rest]) <= DISTANCE
-            near = np.triu(near, k=1)  # each pair once, none with itself
+        anchor = _most_common(
+            kinds[members]
+        )  # what is of its kind need not be compared: what isn't is, with everything
+        for block in np.array_split(np.arange(len(members)), max(1, len(members) ** 2 // PAIRS_AT_ONCE)):
+            rows = block[kinds[members[block]] != kinds[members[anchor]]]
+            near = np.bitwise_count(hashes[rows, None] ^ hashes) <= DISTANCE
+            near &= kinds[members[rows], None] != kinds[members]
             if near.any():
-                apart = (
-                    energies[block, None] + energies[rest] - 2 * outlines[block] @ outlines[rest].T
-                )  # squared, summed
-                least = np.minimum(contrasts[block, None], contrasts[rest])
+                apart = energies[rows, None] + energies - 2 * outlines[rows] @ outlines.T  # squared, summed
+                least = np.minimum(contrasts[rows, None], contrasts)
                 first, second = np.nonzero(near & (apart < outlines.shape[1] * (DIFFERENCE * least) ** 2))
-                yield members[start + first], members[start + second]
+                yield members[rows[first]], members[second]
+
+
+def _most_common(kinds: Ids) -> int:
+    """The place of one that is."""
+    _, places, counts = np.unique(kinds, return_index=True, return_counts=True)
+    return int(places[counts.argmax()])
 
 
 def _buckets(hashes: NDArray[np.uint64], members: Ids) -> Iterator[Ids]:

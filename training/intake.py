@@ -72,11 +72,11 @@ R = TypeVar("R")
 
 
 class TooFewImages(DatasetError):
-    """In a class, or in all."""
+    """Fewer than five pictures in a class, or twenty in all, once what can't be used is left out."""
 
 
 class SplitIncomplete(DatasetError):
-    """A class without pictures under train/ or under test/."""
+    """A class with fewer than two pictures under train/, or none under test/."""
 
 
 class LimitNotHere(DatasetError):
@@ -305,13 +305,12 @@ def _without_copies(pictures: list[Picture]) -> tuple[list[Picture], list[Copy]]
 
 def _without_near_copies(pictures: list[Picture]) -> tuple[list[Picture], list[Copy]]:
     """Of a data set that came divided, without the test pictures that nearly are training pictures."""
-    is_test = np.array([picture.split == "test" for picture in pictures])
+    is_test = np.array([picture.split == "test" for picture in pictures], np.int64)
     if not is_test.any():
         return pictures, []
     like: dict[int, int] = {}
-    for first, second in pairs(Signatures.joined([picture.looks.signature for picture in pictures])):
-        across = is_test[first] != is_test[second]
-        for one, other in zip(first[across].tolist(), second[across].tolist(), strict=True):
+    for first, second in pairs(Signatures.joined([picture.looks.signature for picture in pictures]), is_test):
+        for one, other in zip(first.tolist(), second.tolist(), strict=True):
             test, trained = (one, other) if is_test[one] else (other, one)
             like[test] = min(trained, like.get(test, trained))
     copies = [Copy(file=pictures[test].file, of=pictures[like[test]].file) for test in sorted(like)]

@@ -4,7 +4,7 @@
 """
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -33,7 +33,7 @@ class LayoutMixed(DatasetError):
 
 
 class ClassNameInvalid(DatasetError):
-    """A class name that is empty, too long, or holds what no name should."""
+    """A class name that is empty, longer than 100 characters, or holds a control character or slash."""
 
 
 class ClassNamesCollide(DatasetError):
@@ -41,11 +41,11 @@ class ClassNamesCollide(DatasetError):
 
 
 class TooFewClasses(DatasetError):
-    pass
+    """Fewer than two classes."""
 
 
 class TooManyClasses(DatasetError):
-    pass
+    """More than a thousand classes."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def places(paths: Iterable[PurePosixPath]) -> tuple[dict[PurePosixPath, Place], 
     return found, misplaced
 
 
-def class_names(labels: set[str]) -> dict[str, str]:
-    """Each label as it is written → the class's name: NFC, trimmed.
+def class_names(labels: Collection[str]) -> dict[str, str]:
+    """Each label, of which there is one at least, → the class's name: NFC, trimmed.
 
     Raises TooFewClasses, TooManyClasses, ClassNameInvalid and ClassNamesCollide.
     """

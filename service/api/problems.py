@@ -85,7 +85,7 @@ def kind_of(error: SafelightError) -> Kind:
     return next((PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS), INTERNAL)
 
 
-def body(kind: Kind, detail: str, request_id: str, **facts: object) -> dict[str, Any]:
+def body(kind: Kind, detail: str, request_id: str, /, **facts: object) -> dict[str, Any]:
     """The one shape of an error, for a whole reply or for one picture's place in `predictions`."""
     ERRORS.labels(kind.code).inc()
     fixed = {"type": f"urn:safelight:problem:{kind.code}", "title": kind.title, "status": kind.status}
@@ -97,7 +97,7 @@ def of(error: SafelightError, request_id: str) -> dict[str, Any]:
 
 
 def reply(
-    request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None, **facts: object
+    request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None, /, **facts: object
 ) -> JSONResponse:
     """A problem as the whole reply; its code goes into the request's log line."""
     request.state.log["code"] = kind.code

@@ -171,8 +171,8 @@ class DatasetStore:
         """A place for one upload. Raises QueueFull, StateUnwritable."""
         if self._uploads >= self._limits.uploads:
             raise QueueFull(
-                f"{self._uploads} data sets are being received or checked; the limit is {self._limits.uploads} "
-                "(SAFELIGHT_DATASET_UPLOADS): try again in a while",
+                f"as many data sets as may be, {self._limits.uploads} (SAFELIGHT_DATASET_UPLOADS), are being received "
+                "or checked; try again in a while",
                 retry_after=RETRY_SECONDS,
                 limit=self._limits.uploads,
             )
@@ -236,6 +236,7 @@ class DatasetStore:
     def _keep(self, incoming: Path) -> DatasetRecord:
         """Give what was checked its place. Where the same pictures are already, only the report is renewed."""
         report = Report.model_validate_json((incoming / CHECKED / REPORT).read_bytes())
+        created_at = _created_at(incoming / CHECKED)
         place = self.folder / report.id
         while True:
             try:
@@ -245,7 +246,7 @@ class DatasetStore:
                     raise
             else:
                 _flush_folder(self.folder)
-                return DatasetRecord(report, _created_at(place), is_new=True)
+                return DatasetRecord(report, created_at, is_new=True)
             with suppress(FileNotFoundError):  # it was deleted this moment: there is room now
                 shutil.copyfile(incoming / CHECKED / REPORT, incoming / REPORT)
                 os.replace(incoming / REPORT, place / REPORT)

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from service.client import AsyncClient, Client, ProblemError
-from tests.tiny import Server, Slow, grey, make_bundle, serving
+from tests.tiny import Server, Slow, grey, make_bundle, pictures, serving, tarred, zipped
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,14 @@ def test_every_call_of_the_client(server: Server, tmp_path: Path) -> None:
         assert safelight.activate("greys", "1").active == "1"
         assert safelight.info().limits["max_images"] == 4
         assert safelight.ready().status == "ready"
+        (tmp_path / "pets.tar.gz").write_bytes(tarred(pictures("cat", "grey-3"), "gz"))
+        added = safelight.add_dataset(tmp_path / "pets.tar.gz", model="greys", version="1")
+        assert (added.name, added.images, added.base.known) == ("pets", 20, {"grey-3": "grey-3"})
+        assert safelight.dataset(added.id).rejected.count == 0
+        assert [dataset.id for dataset in safelight.datasets()] == [added.id]
+        assert safelight.delete_dataset(added.id) is None
+        with pytest.raises(ProblemError, match="^dataset_refused: MNIST needs a data folder: set SAFELIGHT_DATA"):
+            safelight.add_built_in_dataset("mnist", limit=20)
 
 
 def test_every_call_of_the_async_client(server: Server, tmp_path: Path) -> None:
@@ -50,6 +58,14 @@ def test_every_call_of_the_async_client(server: Server, tmp_path: Path) -> None:
             assert (await safelight.activate("greys", "1")).active == "1"
             assert (await safelight.info()).limits["max_images"] == 4
             assert (await safelight.ready()).status == "ready"
+            (tmp_path / "pets.zip").write_bytes(zipped(pictures("cat", "dog")))
+            added = await safelight.add_dataset(tmp_path / "pets.zip")
+            assert (added.name, added.images, added.base) == ("pets", 20, None)
+            assert (await safelight.dataset(added.id)).rejected.count == 0
+            assert [dataset.id for dataset in await safelight.datasets()] == [added.id]
+            assert await safelight.delete_dataset(added.id) is None
+            with pytest.raises(ProblemError, match="^model_not_found: "):
+                await safelight.add_built_in_dataset("mnist", limit=20, model="nope")
 
     asyncio.run(main())
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from tests.tiny import TINY, Greys, as_settings, grey, make_bundle, squares, write_class_folders
+from tests.tiny import TINY, Greys, as_settings, grey, make_bundle, squares, write_class_folders, zipped
+from tests.tiny import pictures as noise
 from training import events, report
 from training.__main__ import _go_on, app, main
 from training.bundle import store
@@ -75,6 +76,8 @@ COMMANDS = sorted(commands(typer.main.get_command(app)))
 def test_these_are_the_commands() -> None:
     assert COMMANDS == [
         (),
+        ("dataset",),
+        ("dataset", "check"),
         ("evaluate",),
         ("export",),
         ("models",),
@@ -97,7 +100,7 @@ def test_every_command_has_help(safelight: Safelight, words: tuple[str, ...]) ->
     assert "--help" in done.out
 
 
-@pytest.mark.parametrize("words", [(), ("models",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("models",), ("dataset",)], ids=" ".join)
 def test_without_a_command_help_is_shown(safelight: Safelight, words: tuple[str, ...]) -> None:
     done = safelight(*words)
     assert done.code == 2
@@ -476,6 +479,78 @@ def test_a_model_that_fails_its_golden_samples_is_not_activated(safelight: Safel
     assert done.code == 1
     assert done.err.startswith("error: no network 'convnet' can be built as the manifest says: ")
     assert store.active(artifacts, "greys") == "1"
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """A zip with a file too many."""
+    path = tmp_path / "pets.zip"
+    path.write_bytes(zipped(noise("grey-1", "dog") | {"dog/notes.txt": b"hello"}))
+    return path
+
+
+def test_a_checked_data_set_is_shown_as_a_table(safelight: Safelight, pets: Path) -> None:
+    done = safelight("dataset", "check", pets, "--model", "greys")
+    assert (done.code, done.err) == (0, "")
+    table, *lines = done.out.partition("left out: ")
+    assert re.findall(r"│ +(\S+) +│ +(\d+) +│ +│ +│ +(\S+) +│", table) == [
+        ("dog", "10", "new"),
+        ("grey-1", "10", "grey-1"),
+    ]
+    assert "".join(lines).splitlines()[:2] == [
+        "left out: dog/notes.txt: this is no image of a format that is read here; send one of PNG, JPEG, WEBP, GIF, "
+        "BMP, TIFF (not_an_image)",
+        "1 files rejected, 0 duplicates and 0 near-duplicates left out",
+    ]
+    assert re.fullmatch("the data set is ds-[0-9a-f]{16}", done.out.splitlines()[-1])
+
+
+def test_a_checked_data_set_is_written_and_printed_for_a_program(
+    safelight: Safelight, pets: Path, tmp_path: Path
+) -> None:
+    done = safelight("dataset", "check", pets, "--into", "kept", "--name", "mine", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out) == json.loads((tmp_path / "kept" / "dataset.json").read_text())
+    assert json.loads(done.out)["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["one.zip"],
+            {
+                "code": "too_few_classes",
+                "message": "only one class, 'cat'; a classifier needs at least 2, a folder each",
+                "classes": 1,
+                "limit": 2,
+            },
+        ),
+        (["none.zip"], {"code": "os_error", "message": "[Errno 2] No such file or directory: 'none.zip'"}),
+        (
+            ["one.zip", "--model", "nope"],
+            {"code": "safelight_error", "message": "there is no model 'nope' in artifacts; there is greys"},
+        ),
+    ],
+    ids=["refused", "not-there", "no-model"],
+)
+def test_a_refused_data_set_exits_with_1_and_the_reason(
+    safelight: Safelight, tmp_path: Path, words: list[str], said: dict[str, object]
+) -> None:
+    (tmp_path / "one.zip").write_bytes(zipped(noise("cat")))
+    done = safelight("dataset", "check", *words, "--json")
+    assert (done.code, json.loads(done.out), done.err) == (1, said, "")
+    plain = safelight("dataset", "check", *words)
+    assert (plain.code, plain.out, plain.err) == (1, "", f"error: {said['message']}\n")
+
+
+def test_a_limit_is_for_built_in_sets(safelight: Safelight, pets: Path) -> None:
+    done = safelight("dataset", "check", pets, "--limit", "20")
+    assert done.code == 2
+    assert "--limit is for mnist and cifar10" in done.err
 
 
 # --- as a process -----------------------------------------------------------------------------------------------------
