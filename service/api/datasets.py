@@ -83,8 +83,7 @@ async def add_dataset(
         if isinstance(said, BuiltInDataset):
             upload.name_built_in(said.builtin, said.limit, settings.data)
         base = _base(registry, said.model, said.version) or base
-        called = printable(name or said.name or (said.builtin if isinstance(said, BuiltInDataset) else "upload"))
-        record = await while_connected(request, datasets.check(upload, model=base, name=called))
+        record = await while_connected(request, datasets.check(upload, model=base, name=name or said.name))
     request.state.log |= {"dataset": record.id, "images": record.report.images}
     response.status_code = 201 if record.is_new else 200
     response.headers["Location"] = f"/datasets/{record.id}"
@@ -116,10 +115,6 @@ async def delete_dataset(dataset: str, datasets: DatasetsDep) -> Response:
 
 def _base(registry: Registry, model: str | None, version: str | None) -> str | None:
     return None if model is None and version is None else str(registry.entry(model, version).ref)
-
-
-def printable(name: str) -> str:
-    return "".join(letter for letter in name if letter.isprintable())[:100] or "upload"
 
 
 def _dataset(record: DatasetRecord) -> Dataset:

@@ -60,6 +60,7 @@ async def info(registry: RegistryDep, settings: SettingsDep) -> Info:
         workers=settings.workers,
         limits={
             "max_body_bytes": settings.max_body_bytes,
+            "max_dataset_bytes": settings.max_dataset_bytes,
             "max_image_pixels": settings.max_image_pixels,
             "max_images": settings.max_images,
             "max_batch": settings.max_batch,

@@ -17,7 +17,6 @@ from service import errors
 from service.api import orders
 from service.api.bodies import form
 from service.api.connection import while_connected
-from service.api.datasets import printable
 from service.api.dependencies import DatasetsDep, JobsDep, RegistryDep, RunnerDep, SettingsDep
 from service.api.openai_objects import (
     FINE_TUNE,
@@ -33,7 +32,6 @@ from service.api.openai_objects import (
     own_job_id,
 )
 from service.api.schemas import TrainRequest
-from service.api.uploads import SUFFIXES
 from service.errors import DatasetNotFound
 from service.jobs import history
 from service.jobs.datasets import DatasetRecord, DatasetStore
@@ -63,8 +61,8 @@ async def create_file(request: Request, datasets: DatasetsDep) -> File:
         if not isinstance(upload, UploadFile):
             raise _invalid("file", "a file is required")
         orders.checked(FileFields, {name: value for name, value in parts.items() if name != "file"})
-        name = printable(SUFFIXES.sub("", upload.filename or ""))
-        record = await while_connected(request, datasets.receive(orders.chunks(upload), name=name))
+        content = datasets.receive(orders.chunks(upload), filename=upload.filename or "")
+        record = await while_connected(request, content)
     request.state.log["dataset"] = record.id
     return File.of(record)
 

@@ -23,7 +23,6 @@ FORMS = (
     "file `dataset` or with pictures named by their class, or application/json"
 )
 DATASET = "dataset"  # the form's file that is an archive; any other is a picture of the class that it is named by
-SUFFIXES = re.compile(r"(\.(zip|tar|tgz|gz|bz2|xz))+$", re.I)
 TEXT_BYTES = 65_536  # of a form's text and of one part's headers, and of JSON
 
 
@@ -45,7 +44,7 @@ async def receive(request: Request, upload: Upload) -> BuiltInDataset | Fields:
     if media_type == "application/json":
         return _from_json(await _text(request))
     if media_type == "multipart/form-data":
-        return await _receive_form(request, upload)
+        return _fields(await receive_form(request, upload))
     if media_type == "" or (kind == "application" and subtype in ARCHIVES):
         await upload.begin_archive()
         async for chunk in request.stream():
@@ -71,7 +70,11 @@ def _from_json(body: bytes) -> BuiltInDataset:
         raise _invalid(error, 'send {"builtin": "cifar10", "limit": 2000}') from error
 
 
-async def _receive_form(request: Request, upload: Upload) -> Fields:
+async def receive_form(request: Request, upload: Upload) -> dict[str, str]:
+    """Write a form's files into the upload, and return its text.
+
+    Raises MalformedBody, and what Upload raises.
+    """
     form = _Form(request.headers["content-type"])
     async for chunk in request.stream():
         for event in form.feed(chunk):
@@ -80,11 +83,15 @@ async def _receive_form(request: Request, upload: Upload) -> Fields:
             elif event.kind == "end":
                 await upload.end()
             elif event.name == DATASET:
-                await upload.begin_archive()
+                await upload.begin_archive(event.filename)
             else:
                 await upload.begin_picture(event.name, event.filename)
+    return form.finish()
+
+
+def _fields(text: dict[str, str]) -> Fields:
     try:
-        return Fields.model_validate(form.finish())
+        return Fields.model_validate(text)
     except ValidationError as error:
         raise _invalid(error, "beside its files a form has the fields model, version and name") from error
 
@@ -148,7 +155,7 @@ class _Form:
         return self._events
 
     def finish(self) -> dict[str, str]:
-        """The form's text, and an archive's name. Raises MalformedBody."""
+        """The form's text. Raises MalformedBody."""
         if not self._ended:
             raise _malformed("its closing boundary is missing")
         if self._archives + self._pictures == 0:
@@ -182,7 +189,7 @@ class _Form:
             self._text[self._name] = b""
             return
         filename = PurePath(options[b"filename"].decode(errors="replace").replace("\\", "/")).name
-        self._count(filename)
+        self._count()
         self._events.append(_Event("begin", self._name, filename))
         self._held = 0  # a file's headers are done with
 
@@ -200,10 +207,9 @@ class _Form:
     def _on_end(self) -> None:
         self._ended = True
 
-    def _count(self, filename: str) -> None:
+    def _count(self) -> None:
         if self._name == DATASET:
             self._archives += 1
-            self._text.setdefault("name", SUFFIXES.sub("", filename).encode())
         else:
             self._pictures += 1
             if not self._name.strip() or self._name.startswith(".") or re.search(r"[/\\]", self._name):

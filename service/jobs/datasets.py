@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -46,6 +47,7 @@ CHECKED = "checked"  # and what the check made of it
 A = TypeVar("A")
 R = TypeVar("R")
 
+SUFFIXES = re.compile(r"(\.(zip|tar|tgz|gz|bz2|xz))+$", re.I)
 ID = re.compile(r"ds-[0-9a-f]{16}")
 MAX_LABELLED = 50_000  # pictures in one form; an archive may have more
 RETRY_SECONDS = 10.0  # nobody knows how long the uploads before this one take
@@ -81,13 +83,15 @@ class Upload:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.name = UPLOAD  # until it is known better
         self.source = str(folder / UPLOAD)
         self.options: tuple[str, ...] = ()
         self._sink: IO[bytes] | None = None
         self._labelled: zipfile.ZipFile | None = None
         self._count = 0
 
-    async def begin_archive(self) -> None:
+    async def begin_archive(self, filename: str = "") -> None:
+        self.name = SUFFIXES.sub("", filename) or self.name
         await asyncio.to_thread(self._open_archive)
 
     async def begin_picture(self, label: str, filename: str) -> None:
@@ -102,7 +106,7 @@ class Upload:
 
     def name_built_in(self, name: str, limit: int | None, data: Path | None) -> None:
         """Instead of sending anything."""
-        self.source = name
+        self.name = self.source = name
         self.options = (*([f"--limit={limit}"] if limit else []), *([f"--data={data}"] if data else []))
 
     def close(self) -> None:
@@ -189,25 +193,29 @@ class DatasetStore:
         finally:
             self._uploads -= 1
             if folder is not None:
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                await _to_its_end(partial(shutil.rmtree, ignore_errors=True), folder)
 
     async def receive(
-        self, chunks: AsyncIterator[bytes], *, model: str | None = None, name: str = UPLOAD
+        self, chunks: AsyncIterator[bytes], *, model: str | None = None, filename: str = ""
     ) -> DatasetRecord:
         """Receive one archive and check it; see `check`."""
         async with self.uploading() as upload:
-            await upload.begin_archive()
+            await upload.begin_archive(filename)
             async for chunk in chunks:
                 await upload.write(chunk)
-            return await self.check(upload, model=model, name=name)
+            return await self.check(upload, model=model)
 
-    async def check(self, upload: Upload, *, model: str | None = None, name: str = UPLOAD) -> DatasetRecord:
+    async def check(self, upload: Upload, *, model: str | None = None, name: str | None = None) -> DatasetRecord:
         """Check what was received against `model`, as `model@version`, and keep it.
 
         Raises DatasetRefused, DeadlineExceeded, DiskFull, CheckFailed.
         """
         await asyncio.to_thread(upload.close)
-        options = [*upload.options, f"--name={name}", *([f"--model={model}"] if model else [])]
+        options = [
+            *upload.options,
+            f"--name={_printable(name or upload.name)}",
+            *([f"--model={model}"] if model else []),
+        ]
         async with self._checks:
             await self._run_check(upload, options)
         with _disk_errors():
@@ -358,6 +366,10 @@ async def _to_its_end(work: Callable[[A], R], argument: A) -> R:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
+
+
+def _printable(name: str) -> str:
+    return "".join(letter for letter in name if letter.isprintable())[:100] or UPLOAD
 
 
 def _failure(code: int, said: bytes, log: bytes) -> Exception:

@@ -107,6 +107,18 @@ def test_the_whole_life_of_a_data_set(client: TestClient) -> None:
         }
 
 
+def test_a_data_set_that_a_job_uses_stays(client: TestClient) -> None:
+    dataset = client.post("/datasets", content=zipped(PETS), headers=ZIP).json()["id"]
+    client.app_state["datasets"]._in_use = {dataset}.__contains__  # what a job says
+    assert problem(client.delete(f"/datasets/{dataset}")) == {
+        "title": "A job uses the data set",
+        "status": 409,
+        "detail": f"data set {dataset} is used by a job; wait for it, or cancel it first",
+        "code": "dataset_in_use",
+    }
+    assert client.get(f"/datasets/{dataset}").status_code == 200
+
+
 def test_every_form_of_the_same_pictures_is_the_same_data_set(client: TestClient) -> None:
     labelled = [(name.partition("/")[0], (name, content)) for name, content in PETS.items()]
     archive = {"dataset": ("My pets.tar.gz", tarred(PETS, "gz"))}
@@ -359,6 +371,19 @@ def test_a_form_with_two_minds_is_refused(client: TestClient) -> None:
         assert problem(response)["detail"] == (
             "the multipart body can't be read: it has several archives, or pictures beside one; send them one by one"
         )
+
+
+def test_too_many_pictures_in_a_form_are_sent_as_an_archive(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.jobs.datasets.MAX_LABELLED", 2)
+    assert problem(client.post("/datasets", files=[("cat", ("1.png", b"x"))] * 3)) == {
+        "title": "Too many pictures in one request",
+        "status": 413,
+        "detail": "more than 2 pictures in one form; send them as a zip or tar of class folders",
+        "code": "too_many_images",
+        "limit": 2,
+    }
 
 
 def test_a_field_that_is_none_is_named(client: TestClient) -> None:

@@ -82,7 +82,7 @@ def children_of(store: DatasetStore) -> list[int]:
 
 def test_what_is_received_is_checked_and_kept(store: DatasetStore) -> None:
     async def main() -> None:
-        record = await store.receive(chunks(PETS), model="greys@1", name="pets")
+        record = await store.receive(chunks(PETS), model="greys@1", filename="pets")
         assert (record.is_new, record.id, record.report.name, record.report.images) == (
             True,
             record.report.id,
@@ -101,8 +101,8 @@ def test_what_is_received_is_checked_and_kept(store: DatasetStore) -> None:
 
 def test_the_same_pictures_are_one_data_set_with_the_newest_report(store: DatasetStore) -> None:
     async def main() -> None:
-        first = await store.receive(chunks(PETS), name="first")
-        again = await store.receive(chunks(PETS), name="again", model="greys@1")
+        first = await store.receive(chunks(PETS), filename="first")
+        again = await store.receive(chunks(PETS), filename="again", model="greys@1")
         assert (first.is_new, again.is_new, first.id, first.created_at) == (True, False, again.id, again.created_at)
         assert (await store.get(first.id)).report == again.report
         assert [record.report.name for record in await store.list()] == ["again"]
@@ -112,7 +112,7 @@ def test_the_same_pictures_are_one_data_set_with_the_newest_report(store: Datase
 
 def test_two_uploads_of_the_same_at_once_are_one(store: DatasetStore) -> None:
     async def main() -> None:
-        records = await asyncio.gather(*(store.receive(chunks(PETS), name="pets") for _ in range(3)))
+        records = await asyncio.gather(*(store.receive(chunks(PETS), filename="pets") for _ in range(3)))
         assert sorted(record.is_new for record in records) == [False, False, True]
         assert {record.id for record in records} == {(await store.list())[0].id}
         assert left(store) == []
