@@ -5,13 +5,9 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from training import SafelightError
+from service.errors import StateUnwritable
 
 NAME = "home"
-
-
-class StateUnwritable(SafelightError):
-    """The state folder can't be made or written: the service doesn't start."""
 
 
 def home(state: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -170,6 +171,23 @@ def test_an_unreadable_artifacts_folder_is_one_sentence(
         f"safelight: the artifacts folder {path} can't be read: {reason}; "
         "set SAFELIGHT_ARTIFACTS to the folder that holds the models\n",
     )
+
+
+def test_a_state_folder_that_can_not_be_made_is_one_sentence(artifacts: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ended = start(artifacts=str(artifacts), state=str(tmp_path / "file" / "state"))
+    sentence = (
+        f"safelight: the state folder {tmp_path}/file/state can't be written: Not a directory; "
+        "set SAFELIGHT_STATE to one that can\n"
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", sentence)
+
+
+def test_a_database_that_can_not_be_reached_is_one_sentence(artifacts: Path, tmp_path: Path) -> None:
+    url = f"postgresql://safelight@/none?host={tmp_path}"
+    ended = start(artifacts=str(artifacts), state=str(tmp_path / "state"), database_url=url)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(r"safelight: the database of jobs can't be used: .*; try again in a moment\n", ended.stderr)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The routes of fine-tuning, on a service that only queues: what jobs do is `tests/service/jobs` and `tests/e2e`."""
 
 import asyncio
+import io
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from httpx2 import Response
+from PIL import Image
 
 from service.api.orders import Asked
 from service.api.schemas import TrainRequest
@@ -17,7 +21,7 @@ from service.app import create_app
 from service.jobs.store import JobStore, open_store
 from service.settings import Settings
 from tests.service.jobs.conftest import order
-from tests.tiny import make_bundle
+from tests.tiny import encode, make_bundle
 
 SHADES = {"model": "greys", "dataset": {"builtin": "mnist", "limit": 100}, "name": "shades"}
 
@@ -195,6 +199,95 @@ def test_a_full_queue_takes_no_more(client: TestClient) -> None:
         "come back when one is done, or cancel one",
         "code": "jobs_full",
         "limit": 5,
+    }
+
+
+# --- on an upload ---
+
+
+def archive(*labels: str, count: int = 12) -> bytes:
+    """A zip of class folders."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for place, label in enumerate(labels):
+            for index in range(count):
+                shade = 255 * (count * place + index) // (count * len(labels))
+                file.writestr(f"{label}/{index}.png", encode(Image.new("L", (8, 8), shade)))
+    return content.getvalue()
+
+
+def sent(client: TestClient, content: bytes, key: str = "", **parts: str) -> Response:
+    headers = {"Idempotency-Key": key} if key else {}
+    return client.post("/train", files={"dataset": ("pets.zip", content)}, data=parts, headers=headers)
+
+
+def test_the_archive_may_come_with_the_request(client: TestClient) -> None:
+    recipe = json.dumps({"depth": "head"})
+    reply = sent(client, archive("dark", "light"), model="greys", name="pets", seed="7", promote="never", recipe=recipe)
+    job = reply.json()
+    assert (reply.status_code, reply.headers["location"]) == (202, f"/train/{job['id']}")
+    asked = {"model": "greys", "version": "1", "name": "pets", "seed": 7, "promote": "never"}
+    assert {name: job[name] for name in asked} == asked
+    assert job["recipe"] == {"depth": "head"}
+    assert client.get(f"/datasets/{job['dataset']}").json()["id"] == job["dataset"]
+    named = started(client, name="pets", dataset=job["dataset"])
+    assert named["dataset"] == job["dataset"]
+
+
+def test_the_same_archive_with_the_same_key_is_the_same_request(client: TestClient) -> None:
+    content = archive("dark", "light")
+    first = sent(client, content, "k", model="greys", name="pets")
+    assert sent(client, content, "k", model="greys", name="pets").json() == first.json()
+    assert sent(client, content, "k", model="greys", name="others").json()["code"] == "idempotency_key_reused"
+    assert sent(client, archive("low", "high"), "k", model="greys", name="pets").json()["code"] == (
+        "idempotency_key_reused"
+    )
+    assert len(client.get("/train").json()["jobs"]) == 1
+
+
+def test_a_name_that_stands_for_other_classes_is_taken(client: TestClient) -> None:
+    assert problem(sent(client, archive("dark", "light"), model="greys").json()) == {
+        "title": "The name is that of a model with other classes",
+        "status": 409,
+        "detail": "model greys has the classes grey-0, grey-1, grey-2, grey-3, grey-4, grey-5, grey-6, grey-7, grey-8, "
+        "grey-9 and 6 more; the new version would have dark, light: give it another `name`",
+        "code": "name_taken",
+    }
+    assert client.get("/train").json()["jobs"] == []
+
+
+def test_some_of_the_classes_of_a_model_make_a_version_of_it(client: TestClient) -> None:
+    assert sent(client, archive("GREY-1", "grey-2"), model="greys").status_code == 202
+
+
+def test_what_is_wrong_with_the_rest_is_said_before_the_archive_is_looked_at(client: TestClient) -> None:
+    assert sent(client, b"no archive", model="none").json()["code"] == "model_not_found"
+    assert sent(client, b"no archive", model="greys", recipe="{}").json()["code"] == "dataset_refused"
+
+
+@pytest.mark.parametrize(
+    ("parts", "parameter"),
+    [
+        ({}, "body.model"),
+        ({"model": "greys", "seed": "x"}, "body.seed"),
+        ({"model": "greys", "recipe": "epochs=3"}, "body.recipe"),
+        ({"model": "greys", "epochs": "3"}, "body.epochs"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_named(client: TestClient, parts: dict[str, str], parameter: str) -> None:
+    reply = sent(client, b"any", **parts)
+    assert (reply.status_code, reply.json()["code"]) == (422, "invalid_parameter")
+    assert [error["parameter"] for error in reply.json()["errors"]] == [parameter]
+
+
+def test_a_form_with_two_files_is_refused(client: TestClient) -> None:
+    files = [("dataset", ("a.zip", b"PK")), ("dataset", ("b.zip", b"PK"))]
+    assert problem(client.post("/train", files=files, data={"model": "greys"}).json()) == {
+        "title": "The body isn't what its content type says",
+        "status": 400,
+        "detail": "more than one file in the form; "
+        "send one archive as a part named `dataset`, and `model`, `name` … as parts beside it",
+        "code": "malformed_body",
     }
 
 
