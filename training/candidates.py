@@ -137,9 +137,9 @@ class Heads:
 
 def fitted_head(task: Task, divided: Parts, tell: Emit) -> Candidate:
     """The best head, chosen on the validation part."""
-    pool = torch.cat([divided.train[:PROBED], divided.validation])
+    some = divided.train[:: -(-len(divided.train) // PROBED)]  # evenly: they lie class by class
+    pool, count = torch.cat([some, divided.validation]), len(some)
     heads = Heads(task, pool)
-    count = min(len(divided.train), PROBED)
     choice, head, losses = heads.best(torch.arange(count), torch.arange(count, len(pool)))
     for one, loss in losses.items():
         tell(events.Notice(message=f"head after group {one.place.depth}, penalty {one.penalty:g}: NLL {loss:.3f}"))

@@ -107,8 +107,10 @@ def balancing_weights(labels: Tensor, classes: int, limit: float = 10.0) -> Tens
 def nearest_mean(features: Tensor, labels: Tensor, queries: Tensor, classes: int) -> Tensor:
     """Cosine similarity [M, K] of queries [M, D] to the mean of each class's features: the simplest classifier that
     learns at all, and the baseline that a fine-tuned one must beat."""
-    means = torch.stack([features[labels == label].mean(0) for label in range(classes)])
-    return F.normalize(queries, dim=1) @ F.normalize(means, dim=1).T
+    counts = torch.bincount(labels, minlength=classes)
+    sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    similar = F.normalize(queries, dim=1) @ F.normalize(sums, dim=1).T
+    return similar.masked_fill(counts == 0, -torch.inf)  # a class without pictures is nobody's nearest
 
 
 def arguments_at(arguments: dict[str, Any], place: Place, classes: int) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def test_these_are_the_commands() -> None:
         ("dataset", "check"),
         ("evaluate",),
         ("export",),
+        ("finetune",),
         ("models",),
         ("models", "activate"),
         ("models", "list"),
@@ -252,8 +253,8 @@ def test_what_is_left_out_of_the_data_is_named(safelight: Safelight, data: Path)
 def test_the_command_that_goes_on_has_what_the_run_does_not_remember(tmp_path: Path) -> None:
     here = Options(artifacts=Path("artifacts"))
     there = Options(artifacts=tmp_path, data=Path("my data"), device="cpu", activate=True)
-    assert _go_on(Path("runs/a"), here, True) == "safelight train --resume runs/a"
-    assert _go_on(Path("runs/a"), there, False) == (
+    assert _go_on("train", Path("runs/a"), here) == "safelight train --resume runs/a"
+    assert _go_on("train", Path("runs/a"), there, publish=False) == (
         f"safelight train --resume runs/a --data 'my data' --artifacts {tmp_path} --device cpu --activate --no-publish"
     )
 
@@ -549,8 +550,8 @@ def test_a_refused_data_set_exits_with_1_and_the_reason(
 
 def test_a_limit_is_for_built_in_sets(safelight: Safelight, pets: Path) -> None:
     done = safelight("dataset", "check", pets, "--limit", "20")
-    assert done.code == 2
-    assert "--limit is for mnist and cifar10" in done.err
+    message = "error: a limit is for mnist and cifar10; of your own pictures, pack as many as you want\n"
+    assert (done.code, done.err) == (1, message)
 
 
 # --- as a process -----------------------------------------------------------------------------------------------------

@@ -95,5 +95,6 @@ def test_about_equal_classes_are_not_weighed() -> None:
 
 def test_the_nearest_mean_is_by_direction() -> None:
     features, labels = torch.tensor([[1.0, 0.0], [3.0, 0.2], [0.0, 1.0]]), torch.tensor([0, 0, 1])
-    similar = probe.nearest_mean(features, labels, torch.tensor([[10.0, 1.0], [0.1, 5.0]]), 2)
-    assert similar.argmax(1).tolist() == [0, 1]
+    queries = torch.tensor([[10.0, 1.0], [0.1, 5.0], [-1.0, -1.0]])
+    similar = probe.nearest_mean(features, labels, queries, 3)  # of the third class there are no pictures
+    assert similar.argmax(1).tolist() == [0, 1, 1]

@@ -19,8 +19,8 @@ class Tuning(BaseModel):
 
     depth: Literal["auto", "head", "full"] = Field(
         "auto",
-        description="`head` fits the last layer alone, in seconds; `full` also trains the layers before it; `auto` "
-        "does so where there are at least 300 pictures and 20 of each class",
+        description="`head` fits the last layer alone, in seconds; `full` also trains the layers before it, from "
+        "300 pictures on; `auto` does so where there are 20 of each class too, and old classes can be replayed",
     )
     epochs: float | None = Field(None, gt=0, le=1000, description="passes over the pictures, of the training after it")
     batch_size: int = Field(32, ge=2, le=1024, description="new pictures in a step; as many are replayed beside them")
