@@ -85,6 +85,7 @@ class Runner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._awake = asyncio.Event()
         self._stopping = False
+        self._stands_still = False
         self._swept = -SWEEP_SECONDS
 
     @asynccontextmanager
@@ -143,14 +144,17 @@ class Runner:
     async def _look(self) -> None:
         try:
             for due in await asyncio.to_thread(self._jobs.due):
-                await self._attend_to(due)
+                self._attend_to(due)
             await self._clear_away()
+            self._stands_still = False
         except DatabaseUnavailable as error:
-            logger.warning("jobs stand still", extra={"reason": str(error)})
+            if not self._stands_still:  # once, not twice a second
+                logger.warning("jobs stand still", extra={"reason": str(error)})
+            self._stands_still = True
         except Exception:  # whatever it was, the next look is due
             logger.exception("looking for jobs failed")
 
-    async def _attend_to(self, due: Due) -> None:
+    def _attend_to(self, due: Due) -> None:
         if due.id in self._tasks:
             if due.wanted and due.id in self._sittings:
                 self._sittings[due.id].stop()
@@ -182,9 +186,16 @@ class Runner:
     async def _do(self, job_id: str) -> None:
         """Start a process for a job that waits, or for what is left of it, and see it to its end."""
         job = await asyncio.to_thread(self._jobs.get, job_id)
+        if job.status != "queued":
+            return  # since the look that found it
         job = await asyncio.to_thread(self._jobs.move, job, "validating")
         left = self._machine.job_seconds - job.seconds
         folder = self.folder(job_id)
+        try:
+            command = self._command(job, folder, left)
+        except ServiceError as error:
+            await self._settle(job, failure(events.code_of(error), str(error)))
+            return
         sitting = Sitting(self._jobs, job, folder, allowed_seconds=left, grace_seconds=self._machine.grace_seconds)
         self._sittings[job_id] = sitting
         if self._stopping:
@@ -192,11 +203,9 @@ class Runner:
         try:
             folder.mkdir(exist_ok=True)
             await end_leftover(folder, self._machine.grace_seconds)
-            code = await sitting.run(self._command(job, folder, left))
+            code = await sitting.run(command)
             asked = await asyncio.to_thread(self._jobs.get, job_id)  # what was asked for meanwhile
             ending = sitting.ending(asked, code)
-        except ServiceError as error:
-            ending = failure(events.code_of(error), str(error))
         except OSError as error:
             logger.warning("no training process", extra={"job": job_id, "reason": str(error)})
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -230,6 +239,8 @@ class Runner:
     async def _recover(self, job_id: str) -> None:
         """Find how far a job has come whose process, or whose service, is no more."""
         job = await asyncio.to_thread(self._jobs.get, job_id)
+        if job.status not in AT_WORK:
+            return
         await end_leftover(self.folder(job_id), self._machine.grace_seconds)
         seen = await asyncio.to_thread(read_all, self.folder(job_id))
         await self._settle(job, told(job, seen.end) or ("queued", {}))
@@ -237,7 +248,8 @@ class Runner:
     async def _fulfil(self, job_id: str, wish: Wish) -> None:
         """What was asked for just before a job's process was lost."""
         job = await asyncio.to_thread(self._jobs.get, job_id)
-        await self._settle(job, (SETTLED[wish], {}))
+        if job.status == "queued":
+            await self._settle(job, (SETTLED[wish], {}))
 
     async def _settle(self, job: Job, ending: Ending) -> None:
         status, changes = ending
@@ -262,7 +274,10 @@ class Runner:
         now = datetime.now(UTC)
         old = now - timedelta(days=self._keeping.checkpoints)
         for job_id in await asyncio.to_thread(self._jobs.to_clear, old):
-            await asyncio.to_thread(_clear, self.folder(job_id))
+            try:
+                await asyncio.to_thread(_clear, self.folder(job_id))
+            except OSError as error:  # what is left goes with the job
+                logger.warning("not all files removed", extra={"job": job_id, "reason": str(error)})
             await asyncio.to_thread(self._jobs.cleared, job_id)
         if time.monotonic() < self._swept + SWEEP_SECONDS:
             return

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -301,16 +302,6 @@ async def test_a_job_may_be_cancelled_while_its_data_is_checked(shop: Workshop) 
         await shop.until(job, "cancelled", seconds=4)
 
 
-@in_loop
-async def test_a_job_that_ends_before_its_cancellation_is_heard_has_succeeded(shop: Workshop) -> None:
-    job = shop.queue(steps=3, deaf=True)
-    async with shop.runner().working():
-        await shop.at_step(job, 3)
-        if shop.jobs.get(job.id).status == "running":
-            shop.jobs.cancel(job.id)
-        assert (await shop.until(job, "succeeded")).wanted is None
-
-
 # --- failures ---
 
 
@@ -503,6 +494,26 @@ async def test_what_a_dead_service_left_running_goes_back_to_the_queue(shop: Wor
         await shop.until(job, "succeeded")
 
 
+@in_loop
+async def test_a_job_goes_on_while_the_database_is_away(shop: Workshop) -> None:
+    job = shop.queue(steps=60)
+
+    def rename(before: str, after: str) -> None:
+        with closing(sqlite3.connect(shop.root / "jobs.db", timeout=10)) as connection, connection:
+            connection.execute(f"ALTER TABLE {before} RENAME TO {after}")
+
+    async with shop.runner().working():
+        await shop.at_step(job, 3)
+        rename("jobs", "away")
+        while '"decided"' not in shop.events(job):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+        rename("away", "jobs")
+        done = await shop.until(job, "succeeded")
+    assert done.result is not None
+    assert len(shop.pids(job)) == 1
+
+
 def left_behind(shop: Workshop, *lines: dict[str, object]) -> Job:
     """A running job whose service died, and whose process came to its end after that."""
     job = shop.jobs.move(shop.queue(), "validating")
@@ -520,6 +531,14 @@ async def test_a_run_that_had_decided_when_its_service_died_has_succeeded(shop: 
     assert done.result == result
     assert shop.published == [("shades", "4", "running")]
     assert shop.pids(job) == []
+
+
+@in_loop
+async def test_a_job_that_ended_before_its_cancellation_was_heard_has_succeeded(shop: Workshop) -> None:
+    job = left_behind(shop, {"event": "decided", "result": {"model": "shades", "version": "4"}})
+    assert shop.jobs.cancel(job.id).wanted == "cancel"
+    async with shop.runner().working():
+        assert (await shop.until(job, "succeeded")).wanted is None
 
 
 @in_loop

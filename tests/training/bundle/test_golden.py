@@ -85,6 +85,11 @@ def test_a_difference_is_measured_in_three_ways() -> None:
     assert compare(reference, candidate, temperature=2.0) == Agreement(2.0, pytest.approx(probability), 1)
 
 
+def test_a_difference_of_large_logits_is_measured_by_their_size() -> None:
+    reference = np.array([[0, 1000]], np.float32)
+    assert compare(reference, reference + 1, temperature=1.0).logit_difference == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_run_with_nan_or_infinity_is_refused(bad: float) -> None:
     reference = np.zeros((2, 2), np.float32)
