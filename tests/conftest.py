@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
+from tests.databases import postgres  # noqa: F401 - a fixture for all
 from tests.tiny import TINY, make_bundle, squares, write_class_folders
 from training import runs
 

@@ -30,10 +30,10 @@ EXAMPLES = re.findall(r"```sh\n(curl [^\n]+)\n```\n\n```json\n(.*?)\n```", READM
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What `make serve` starts: the shipped models, default settings, but for the port and that they are copies."""
+    """What `make serve` starts: the shipped models and default settings, but on copies, and jobs only wait."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "artifacts", folder / "artifacts")
-    with serving(folder / "artifacts", folder) as server:
+    with serving(folder / "artifacts", folder, concurrent_jobs="0") as server:
         yield server
 
 
@@ -80,6 +80,7 @@ ANSWERS = {
     "<base64": 400,
     "-F cat=": 422,
     "builtin": 422,
+    "-F name=pets": 202,
     "dataset=@pets.zip": 201,
 }
 

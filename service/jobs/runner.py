@@ -114,8 +114,12 @@ class Runner:
     # --- the loop ---
 
     async def _work(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._folder.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._folder.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            logger.error("no jobs can be done here", extra={"reason": str(error)})
+            return
         try:
             while not self._stopping and not _lock(descriptor):
                 await self._sleep()

@@ -40,7 +40,7 @@ def test_every_call_of_the_client(server: Server, tmp_path: Path) -> None:
         assert safelight.dataset(added.id).rejected.count == 0
         assert [dataset.id for dataset in safelight.datasets()] == [added.id]
         assert safelight.delete_dataset(added.id) is None
-        with pytest.raises(ProblemError, match="^dataset_refused: MNIST needs a data folder: set SAFELIGHT_DATA"):
+        with pytest.raises(ProblemError, match="^dataset_refused: no MNIST: looked for "):
             safelight.add_built_in_dataset("mnist", limit=20)
 
 

@@ -113,7 +113,12 @@ def test_a_result_without_a_name_is_a_version_of_its_base(client: TestClient) ->
             "'../x' can't be a model's name: a name is 1 to 63 of a-z, 0-9, '.', '_' and '-', "
             "and starts with a letter or digit",
         ),
-        ({"dataset": "ds-none"}, 404, "dataset_not_found", "there is no data set 'ds-none'; GET /datasets lists those that there are"),
+        (
+            {"dataset": "ds-none"},
+            404,
+            "dataset_not_found",
+            "there is no data set 'ds-none'; GET /datasets lists those that there are",
+        ),
     ],
 )
 def test_what_does_not_exist_is_refused(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ SUMMARY = "fixed 9 of 10, broke 1; promoted"
 class Workshop:
     """A state folder with its database, and runners to work in it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, database: str = "") -> None:
         self.root = root
-        self.jobs = JobStore(f"sqlite:///{root}/jobs.db", "here")
+        self.jobs = JobStore(database or f"sqlite:///{root}/jobs.db", "here")
         self.published: list[tuple[str, str, str]] = []
         self.machine = Machine(
             command=[sys.executable, str(PROGRAM)],
@@ -156,6 +156,27 @@ async def test_a_job_runs_to_its_end(shop: Workshop) -> None:
     }
     assert shop.published == [("shades", "1", "running")]  # it answers before the job reads succeeded
     assert len(shop.pids(job)) == 1
+
+
+def test_a_job_is_done_whatever_the_database(tmp_path: Path, database: str) -> None:
+    async def main(shop: Workshop) -> None:
+        first, second = shop.queue(steps=30), shop.queue(steps=10_000)
+        async with shop.runner().working() as runner:
+            await shop.at_step(first, 3)
+            shop.jobs.pause(first.id)
+            runner.wake()
+            await shop.until(first, "paused")
+            await shop.at_step(second, 1)
+            shop.jobs.resume(first.id)
+            shop.jobs.cancel(second.id)
+            await shop.until(second, "cancelled")
+            done = await shop.until(first, "succeeded")
+        assert done.result is not None
+        assert done.progress is not None
+        assert (done.result["summary"], done.progress.step) == (SUMMARY, 30)
+
+    with closing((shop := Workshop(tmp_path, database)).jobs):
+        asyncio.run(main(shop))
 
 
 @in_loop
