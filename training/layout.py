@@ -128,7 +128,8 @@ def _check_class_name(name: str) -> None:
             label=shown(name),
             limit=MAX_CLASS_NAME,
         )
-    if not name or name.startswith(".") or is_hidden(PurePosixPath(name)) or "\\" in name or any(map(_is_control, name)):
+    hidden = name.startswith(".") or is_hidden(PurePosixPath(name))
+    if not name or hidden or "\\" in name or any(map(_is_control, name)):
         raise ClassNameInvalid(
             f"{quoted} can't be a class's name: it is empty, starts with a dot, or holds a control character or slash; "
             "rename its folder",
