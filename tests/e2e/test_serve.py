@@ -405,7 +405,7 @@ def test_a_worker_that_is_killed_is_replaced_and_what_it_had_pending_is_forgotte
             for pid in children(server.process.pid):
                 os.kill(pid, signal.SIGKILL)
             assert isinstance(asking.exception(), httpx.TransportError)
-        until(lambda: len(both_workers(server)) == 4)
+        until(lambda: len(both_workers(server)) == 4, 75)  # uvicorn may be waiting 30 s for a pong from the dead
         assert pending(server.url) == 0
 
 
