@@ -8,11 +8,8 @@ read from is a choice like any other, made by validation.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from scipy.optimize import minimize  # and not torch's L-BFGS: importing torch.optim takes longer than all fits of a job
 from torch import Tensor
 
 from training.networks import ConvNet
@@ -74,28 +71,27 @@ def fit_head(
 
     `weights` [N] say how much each picture counts. The penalty pulls toward zero, or toward another head.
     """
-    features = features.double()
     mean, deviation = features.mean(0), features.std(0) + 1e-3
     scale = deviation * features.shape[1] ** 0.5  # so that a standardised picture has length about 1
     inputs = (features - mean) / scale
-    start = torch.zeros(classes, features.shape[1] + 1, dtype=torch.float64)  # [K, D + 1], the bias last
-    if toward is not None:
-        start[:, :-1], start[:, -1] = toward.weight * scale, toward.bias + toward.weight.double() @ mean
+    start_weight = torch.zeros(classes, features.shape[1]) if toward is None else toward.weight * scale
+    start_bias = torch.zeros(classes) if toward is None else toward.bias + toward.weight @ mean
+    weight, bias = start_weight.clone().requires_grad_(), start_bias.clone().requires_grad_()
     share = torch.full((len(labels),), 1 / len(labels)) if weights is None else weights / weights.sum()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7
+    )
 
-    def loss_and_gradient(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        head = torch.from_numpy(flat).view_as(start).requires_grad_()
-        weight, bias = head[:, :-1], head[:, -1]
+    def closure() -> Tensor:
+        optimizer.zero_grad()
         loss = (F.cross_entropy(inputs @ weight.T + bias, labels, reduction="none") * share).sum()
-        loss = loss + penalty / 2 * (weight - start[:, :-1]).square().sum()
-        (gradient,) = torch.autograd.grad(loss, head)
-        return loss.item(), gradient.flatten().numpy()
+        loss = loss + penalty / 2 * (weight - start_weight).square().sum()
+        loss.backward()
+        return loss
 
-    options = {"maxiter": iterations}
-    found = minimize(loss_and_gradient, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
-    fitted = torch.from_numpy(found.x).view_as(start)
-    weight = fitted[:, :-1] / scale
-    return Head(weight.float(), (fitted[:, -1] - weight @ mean).float())
+    optimizer.step(closure)
+    fitted = weight.detach() / scale
+    return Head(fitted, bias.detach() - fitted @ mean)
 
 
 def balancing_weights(labels: Tensor, classes: int, limit: float = 10.0) -> Tensor:
