@@ -3,6 +3,7 @@
 `learn` is the order. Everything is chosen on pictures that it wasn't fitted to, and nothing by the test part.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def learn(task: Task, folder: Path, tell: Emit, late: Callable[[], bool]) -> Can
     split, given = task.split, task.pictures.is_test
     test = given if given is not None and int(given.sum()) >= TRUSTED_TEST else None
     if len(split) - (0 if test is None else int(test.sum())) < CROSS_VALIDATED_BELOW * (1 - TEST_SHARE):
-        return cross_validated(task, test)
+        return cross_validated(task, test, tell)
     divided = parts(split, test, task.plan.seed)
     head = fitted_head(task, divided, tell)
     return deeper(task, head, divided, folder, tell, late) if may_go_deeper(task, divided) else head
@@ -78,11 +79,17 @@ def menu(task: Task) -> list[Choice]:
 
 
 class Heads:
-    """Fits heads to some of the pictures, with what is remembered of the base's beside them."""
+    """Fits heads to some of the pictures, with what is remembered of the base's beside them.
 
-    def __init__(self, task: Task, pool: Tensor) -> None:
-        self.task, self.pool = task, pool
+    It will be asked for a head for each choice in so many `rounds`, and for `more`: of those it tells the progress.
+    """
+
+    def __init__(self, task: Task, pool: Tensor, tell: Emit, rounds: int = 1, more: int = 0) -> None:
+        self.task, self.pool, self.tell = task, pool, tell
         self.menu = menu(task)
+        self.fitted, self.fits = 0, rounds * len(self.menu) + more
+        self.begun = time.perf_counter()
+        self.tell_progress()
         where = list(dict.fromkeys(choice.place for choice in self.menu))
         images = task.split.images[pool]
         self.views = [
@@ -102,7 +109,15 @@ class Heads:
             weights = torch.cat([weights / weights.sum(), torch.full((len(old_labels),), 1 / len(old_labels))])
             inputs, labels = torch.cat([inputs, features]), torch.cat([labels, old_labels])
         toward = head_of(self.task.network) if self.task.same_classes else None
-        return probe.fit_head(inputs, labels, classes, penalty=choice.penalty, weights=weights, toward=toward)
+        head = probe.fit_head(inputs, labels, classes, penalty=choice.penalty, weights=weights, toward=toward)
+        self.fitted += 1
+        self.tell_progress()
+        return head
+
+    def tell_progress(self) -> None:
+        pace = (time.perf_counter() - self.begun) / self.fitted if self.fitted else None
+        left = pace and pace * (self.fits - self.fitted)
+        self.tell(events.Phase(phase="heads", step=self.fitted, steps=self.fits, seconds_left=left))
 
     def logits(self, choice: Choice, head: Head, chosen: Tensor) -> Tensor:
         return head(self.views[0][choice.place][chosen])
@@ -139,7 +154,7 @@ def fitted_head(task: Task, divided: Parts, tell: Emit) -> Candidate:
     """The best head, chosen on the validation part."""
     some = divided.train[:: -(-len(divided.train) // PROBED)]  # evenly: they lie class by class
     pool, count = torch.cat([some, divided.validation]), len(some)
-    heads = Heads(task, pool)
+    heads = Heads(task, pool, tell)
     choice, head, losses = heads.best(torch.arange(count), torch.arange(count, len(pool)))
     for one, loss in losses.items():
         tell(events.Notice(message=f"head after group {one.place.depth}, penalty {one.penalty:g}: NLL {loss:.3f}"))
@@ -181,14 +196,14 @@ def answered(
     )
 
 
-def cross_validated(task: Task, test: Tensor | None) -> Candidate:
+def cross_validated(task: Task, test: Tensor | None, tell: Emit) -> Candidate:
     """Few pictures: each is answered by a head that was chosen and fitted without it, then one is fitted to them all.
 
     Within each turn, one of the other folds makes the choice.
     """
     everything = torch.arange(len(task.split))
     pool = everything if test is None else everything[~test]
-    heads = Heads(task, pool)
+    heads = Heads(task, pool, tell, rounds=FOLDS, more=FOLDS + 1)
     fold = folds(task.split[pool], task.plan.seed)
     out_of_fold = torch.zeros(len(pool), len(task.classes))
     nearest = torch.zeros(len(pool), dtype=torch.int64)

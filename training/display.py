@@ -47,6 +47,11 @@ class Display:
             speed = f"{event.images_per_second:,.0f} images/s"
             facts = f"loss {event.loss:.3f}  train {event.accuracy:.2%}{self._accuracy}  {speed}  {left} left"
             self._progress.update(self._task, completed=event.step, facts=facts)
+        elif isinstance(event, events.Phase):
+            self._progress.start()
+            self._progress.update(
+                self._task, description=event.phase, total=event.steps, completed=event.step, facts=""
+            )
         elif isinstance(event, events.Epoch):
             self._accuracy = f"  hold-out {event.holdout_accuracy:.2%}"
             self._console.print(

@@ -50,6 +50,16 @@ class Progress(_Event):
     seconds_left: float
 
 
+class Phase(_Event):
+    """How far a fine-tuning run is with what it does beside training: before it, and after."""
+
+    event: Literal["phase"] = "phase"
+    phase: Literal["heads", "judging"]
+    step: int
+    steps: int
+    seconds_left: float | None = None  # of this phase
+
+
 class Epoch(_Event):
     event: Literal["epoch"] = "epoch"
     epoch: int
@@ -93,7 +103,7 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Validated | Started | Notice | Progress | Epoch | Checkpointed | Interrupted | Published | Decided | Failed,
+    Validated | Started | Notice | Progress | Phase | Epoch | Checkpointed | Interrupted | Published | Decided | Failed,
     Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -104,7 +104,9 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
         torch.set_num_threads(processors())
         task = prepare(plan, folder, options, tell)
         candidate = learn(task, folder, tell, late)
+        tell(events.Phase(phase="judging", step=0, steps=2))
         measured, verdict = judge(task, candidate, options)
+        tell(events.Phase(phase="judging", step=1, steps=2))
         ref = publish(task, candidate, measured, verdict, time.perf_counter() - begun, options)
         tell(events.Published(model=ref.model, version=ref.version, accuracy=measured.metrics.accuracy))
         result = decide(task, ref, measured, verdict, options) | {"seconds": round(time.perf_counter() - begun, 1)}
@@ -164,9 +166,9 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
 
 def load_pictures(plan: Plan, base: intake.Base, folder: Path, options: Options, tell: Emit) -> Pictures:
     """Check every picture, then decode those that are accepted as the base sees them."""
-    report = accepted(plan, base, folder / DATA, options)
+    archive, report = accepted(plan, base, folder / DATA, options)
     tell(events.Validated(report=report.model_dump(mode="json")))
-    found = datasets.class_folders(folder / DATA / intake.DATA, base.manifest.input)
+    found = datasets.class_folders(archive, base.manifest.input)
     everything = Split(
         torch.cat([found.train.images, found.test.images]), torch.cat([found.train.labels, found.test.labels])
     )
@@ -174,20 +176,30 @@ def load_pictures(plan: Plan, base: intake.Base, folder: Path, options: Options,
     return Pictures(report.name, found.sha256, found.classes, everything, is_test, report.rejected.count)
 
 
-def accepted(plan: Plan, base: intake.Base, into: Path, options: Options) -> Report:
-    """Have the pictures checked, once: a run that goes on finds what was accepted."""
-    if (into / intake.REPORT).exists():
-        return Report.model_validate_json((into / intake.REPORT).read_bytes())
-    shutil.rmtree(into, ignore_errors=True)  # what a kill left of it
-    with intake.opened(plan.dataset, options.data, plan.limit) as archive:
-        return intake.check(archive, called(Path(plan.dataset)), base=base, into=into)
+def accepted(plan: Plan, base: intake.Base, into: Path, options: Options) -> tuple[Path, Report]:
+    """The accepted pictures, as a zip, and the report on them.
+
+    They are checked once: not again by a run that goes on, nor where they were checked for this base before.
+    """
+    given = Path(plan.dataset)
+    before = checked_report(given)
+    if before and before.base and (before.base.model, before.base.version) == (plan.model, plan.version):
+        return given, before
+    if (report := checked_report(into / intake.DATA)) is None:
+        shutil.rmtree(into, ignore_errors=True)  # what a kill left of it
+        with intake.opened(plan.dataset, options.data, plan.limit) as archive:
+            report = intake.check(archive, before.name if before else given.stem, base=base, into=into)
+    return into / intake.DATA, report
 
 
-def called(dataset: Path) -> str:
-    """What a data set is called: as it was when it was checked before, or by its file."""
-    if dataset.name == intake.DATA and (before := dataset.with_name(intake.REPORT)).exists():
-        return Report.model_validate_json(before.read_bytes()).name
-    return dataset.stem
+def checked_report(archive: Path) -> Report | None:
+    """What was found when an archive was checked; None for one that is as somebody packed it."""
+    if archive.name != intake.DATA:
+        return None
+    try:
+        return Report.model_validate_json(archive.with_name(intake.REPORT).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:

@@ -209,6 +209,7 @@ class FineTuningJob(BaseModel):
 
 
 def _estimated_finish(job: Job) -> int | None:
+    """As long as the training takes, which is most of it; None while nobody knows."""
     if job.status != "running" or job.progress is None or job.progress.seconds_left is None:
         return None
     return _seconds(datetime.now(UTC)) + round(job.progress.seconds_left)
@@ -276,12 +277,12 @@ def _message(told: events.Event) -> str:
             return f"Training on {told.device}: {told.steps} steps, from step {told.step}"
         case events.Progress():
             return f"Step {told.step}/{told.steps}: training loss={told.loss:.2f}"
+        case events.Phase():
+            return f"{'Fitting heads' if told.phase == 'heads' else 'Judging'}: {told.step}/{told.steps}"
         case events.Epoch():
             return f"Epoch {told.epoch}: hold-out loss={told.holdout_loss:.2f}, accuracy={told.holdout_accuracy:.3f}"
-        case events.Checkpointed():
-            return f"Checkpoint at step {told.step}"
-        case events.Interrupted():
-            return f"Stopped at step {told.step}"
+        case events.Checkpointed() | events.Interrupted():
+            return f"{'Checkpoint' if isinstance(told, events.Checkpointed) else 'Stopped'} at step {told.step}"
         case events.Published():
             return f"Version {told.version} of {told.model} is there"
         case events.Decided():

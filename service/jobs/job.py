@@ -63,13 +63,13 @@ class Order(_Record):
 
 
 class Progress(_Record):
-    phase: str
+    phase: Literal["heads", "training", "judging"] = Field(description="in this order; few pictures: no training")
     step: int
     steps: int
     epoch: float | None = None
     loss: float | None = None
     accuracy: float | None = None
-    seconds_left: float | None = None
+    seconds_left: float | None = Field(None, description="of this phase")
 
 
 class Error(_Record):

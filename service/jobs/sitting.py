@@ -44,7 +44,7 @@ class Seen:
     def take_in(self, found: list[Event]) -> None:
         for event in found:
             match event:
-                case events.Progress():
+                case events.Progress() | events.Phase():
                     self.progress = _progress(event)
                 case events.Checkpointed():
                     self.checkpoint = event.step
@@ -200,7 +200,6 @@ def log_end(folder: Path, size: int = 4096) -> bytes:
         return b""
 
 
-def _progress(event: events.Progress) -> Progress:
-    return Progress(
-        phase="training", **{name: getattr(event, name) for name in Progress.model_fields if name != "phase"}
-    )
+def _progress(event: events.Progress | events.Phase) -> Progress:
+    facts = event.model_dump(include=set(Progress.model_fields))
+    return Progress.model_validate({"phase": "training"} | facts)

@@ -38,6 +38,13 @@ def test_the_bar_goes_on_with_the_last_hold_out() -> None:
     assert "train 90.00%  hold-out 95.00%  1,234 images/s" in shown(STARTED, EPOCH, PROGRESS, terminal=True)
 
 
+def test_the_bar_shows_what_is_done_beside_training() -> None:
+    heads = events.Phase(phase="heads", step=7, steps=9, seconds_left=2.5)
+    bar = shown(STARTED, PROGRESS, heads, terminal=True)
+    assert "heads" in bar
+    assert bar.rpartition("heads")[2].split()[1] == "7/9"
+
+
 def test_without_a_terminal_there_is_a_line_an_epoch_and_no_bar() -> None:
     assert shown(STARTED, PROGRESS, EPOCH, terminal=False) == (
         "training tiny on squares, seed 3, 20 steps, cpu (2 threads) in float32\n"

@@ -14,6 +14,7 @@ EVENTS = [
     events.Started(recipe="tiny", dataset="squares", seed=0, device="cpu", precision="float32", steps=40, step=10),
     events.Notice(message="begun with 2 threads, goes on with 4"),
     events.Progress(step=1, steps=40, epoch=0.1, loss=0.7, accuracy=0.5, images_per_second=1000.5, seconds_left=3.0),
+    events.Phase(phase="heads", step=1, steps=3, seconds_left=0.5),
     events.Epoch(
         epoch=1,
         step=10,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny import squares, write_class_folders
-from training import events, finetune, tune
+from training import archives, events, finetune, intake, tune
 from training.bundle import store
 from training.bundle.replay import REPLAY, read_replay
 from training.bundle.store import BundleRef
@@ -77,9 +77,20 @@ def events_of(folder: Path) -> list[events.Event]:
 
 
 def kinds_of(folder: Path) -> list[str]:
-    """The kinds of events in order, progress and notices left out, each once where it repeats."""
-    kinds = [event.event for event in events_of(folder) if event.event not in ("progress", "notice")]
+    """The kinds of events in order, progress, phases and notices left out, each once where it repeats."""
+    kinds = [event.event for event in events_of(folder) if event.event not in ("progress", "phase", "notice")]
     return [kind for place, kind in enumerate(kinds) if place == 0 or kinds[place - 1] != kind]
+
+
+def phases_of(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Of each phase: its first step and its last, with none left out between, and of how many."""
+    phases: dict[str, list[events.Phase]] = {}
+    for event in events_of(folder):
+        if isinstance(event, events.Phase):
+            phases.setdefault(event.phase, []).append(event)
+    for told in phases.values():
+        assert [event.step for event in told] == list(range(told[0].step, told[-1].step + 1))
+    return {name: (told[0].step, told[-1].step, told[-1].steps) for name, told in phases.items()}
 
 
 def weights(artifacts: Path, ref: BundleRef) -> str:
@@ -121,6 +132,7 @@ def test_the_events_tell_the_whole_story(tmp_path: Path, tiny: Path) -> None:
     last = found[-1]
     assert isinstance(last, events.Decided)
     assert last.result == result
+    assert phases_of(tmp_path / "run") == {"heads": (0, 3, 3), "judging": (0, 1, 2)}
     assert (tmp_path / "run" / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "run" / "data").exists()
 
@@ -157,9 +169,34 @@ def test_shuffled_labels_are_refused_and_nothing_answers(tmp_path: Path, tiny: P
 
 def test_few_pictures_are_cross_validated(tmp_path: Path, tiny: Path) -> None:
     result = run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25)))
+    assert phases_of(tmp_path / "run") == {"heads": (0, 21, 21), "judging": (0, 1, 2)}  # 5 x (3 + 1) + 1
     assert result["metrics"]["n"] == 75  # each of them, answered by a head that never saw it
     assert result["promoted"] is True
     assert store.read_manifest(tiny, BundleRef("bars", "1")).training.dataset.train == 75
+
+
+def test_pictures_that_were_checked_for_this_base_are_not_checked_again(tmp_path: Path, tiny: Path) -> None:
+    checked, base = tmp_path / "checked", intake.Base.read(tiny, TINY)
+    with archives.opened(bars(tmp_path / "bars", 25)) as archive:
+        report = intake.check(archive, "my bars", base=base, into=checked)
+    made = plan(checked / intake.DATA)
+    taken = finetune.accepted(made, base, tmp_path / "data", Options(tiny))
+    assert taken == (checked / intake.DATA, report)
+    assert not (tmp_path / "data").exists()
+
+
+def test_pictures_that_were_checked_for_another_base_are_checked_once_more(tmp_path: Path, tiny: Path) -> None:
+    checked, base = tmp_path / "checked", intake.Base.read(tiny, TINY)
+    with archives.opened(bars(tmp_path / "bars", 25)) as archive:
+        intake.check(archive, "my bars", into=checked)
+    made = plan(checked / intake.DATA)
+    archive_path, report = finetune.accepted(made, base, tmp_path / "data", Options(tiny))
+    assert archive_path == tmp_path / "data" / intake.DATA
+    assert (report.name, report.images) == ("my bars", 75)
+    assert report.base is not None
+    assert (report.base.model, report.base.version) == ("tiny", "1")
+    shutil.rmtree(checked)  # a run that goes on needs it no more
+    assert finetune.accepted(made, base, tmp_path / "data", Options(tiny)) == (archive_path, report)
 
 
 def test_the_policy_has_the_last_word(tmp_path: Path, tiny: Path) -> None:

@@ -101,7 +101,7 @@ def test_an_archive_that_can_not_be_trained_on_is_refused_with_the_reason(sdk: O
     [
         ({"file": b"PK"}, {"purpose": "batch"}, "body.purpose: Input should be 'fine-tune'", "purpose"),
         ({"file": b"PK"}, {}, "body.purpose: Field required", "purpose"),
-        ({"picture": b"PK"}, {"purpose": "fine-tune"}, "body.file: a file is required", "file"),
+        ({"file": (None, "PK")}, {"purpose": "fine-tune"}, "body.file: a file is required", "file"),
         (
             {"file": b"PK"},
             {"purpose": "fine-tune", "expires_after[seconds]": "9"},
@@ -111,10 +111,16 @@ def test_an_archive_that_can_not_be_trained_on_is_refused_with_the_reason(sdk: O
     ],
 )
 def test_a_form_that_makes_no_sense(
-    client: TestClient, files: dict[str, bytes], data: dict[str, str], message: str, param: str
+    client: TestClient, files: dict[str, Any], data: dict[str, str], message: str, param: str
 ) -> None:
     reply = client.post("/v1/files", files=files, data=data)
     assert (reply.status_code, reply.json()) == (422, error(message, "invalid_parameter", param))
+
+
+def test_a_file_of_another_name_is_refused(client: TestClient) -> None:
+    reply = client.post("/v1/files", files={"picture": b"PK"}, data={"purpose": "fine-tune"})
+    message = "the multipart body can't be read: its only file may be the archive, as a part named `file`"
+    assert (reply.status_code, reply.json()) == (400, error(message, "malformed_body"))
 
 
 # --- starting a job ---
@@ -298,6 +304,7 @@ AT = {"at": "2026-01-01T00:00:07Z"}
 STARTED = {"recipe": "r", "dataset": "d", "seed": 0, "device": "cpu", "precision": "float32", "steps": 9, "step": 0}
 LINES = [
     AT | {"event": "validated", "report": {}},
+    AT | {"event": "phase", "phase": "heads", "step": 3, "steps": 21},
     AT | {"event": "started"} | STARTED,
     AT
     | {"event": "progress", "step": 3, "steps": 9, "epoch": 0.5, "loss": 0.123, "accuracy": 0.9}
@@ -308,6 +315,8 @@ LINES = [
     | {"holdout_loss": 0.2, "holdout_accuracy": 0.9, "seconds": 3.0},
     AT | {"event": "notice", "message": "one picture was left out"},
     AT | {"event": "checkpointed", "step": 6, "path": "/somewhere"},
+    AT | {"event": "interrupted", "step": 6},
+    AT | {"event": "phase", "phase": "judging", "step": 1, "steps": 2},
     AT | {"event": "published", "model": "shades", "version": "3", "accuracy": 0.9},
     AT | {"event": "decided", "result": {"summary": "fixed 9 of 50, broke 1; p = 0.011; promoted"}},
 ]
@@ -333,13 +342,16 @@ def test_events_are_sentences_and_figures_newest_first(sdk: OpenAI, told: Job) -
 
     figures = {"step": 6, "train_loss": 0.1, "train_accuracy": 0.95, "valid_loss": 0.2, "valid_accuracy": 0.9}
     assert found == [
-        event(9, "fixed 9 of 50, broke 1; p = 0.011; promoted"),
-        event(8, "Version 3 of shades is there"),
-        event(7, "Checkpoint at step 6"),
-        event(6, "one picture was left out", "warn"),
-        event(5, "Epoch 1: hold-out loss=0.20, accuracy=0.900", **figures),
-        event(3, "Step 3/9: training loss=0.12", step=3, total_steps=9, train_loss=0.123, train_accuracy=0.9),
-        event(2, "Training on cpu: 9 steps, from step 0"),
+        event(12, "fixed 9 of 50, broke 1; p = 0.011; promoted"),
+        event(11, "Version 3 of shades is there"),
+        event(10, "Judging: 1/2"),
+        event(9, "Stopped at step 6", "warn"),
+        event(8, "Checkpoint at step 6"),
+        event(7, "one picture was left out", "warn"),
+        event(6, "Epoch 1: hold-out loss=0.20, accuracy=0.900", **figures),
+        event(4, "Step 3/9: training loss=0.12", step=3, total_steps=9, train_loss=0.123, train_accuracy=0.9),
+        event(3, "Training on cpu: 9 steps, from step 0"),
+        event(2, "Fitting heads: 3/21"),
         event(1, "The pictures are checked"),
     ]
 
