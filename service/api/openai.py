@@ -11,11 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from starlette.datastructures import UploadFile
 
 from service import errors
 from service.api import orders
-from service.api.bodies import form
 from service.api.connection import while_connected
 from service.api.dependencies import DatasetsDep, JobsDep, RegistryDep, RunnerDep, SettingsDep
 from service.api.openai_objects import (
@@ -32,6 +30,7 @@ from service.api.openai_objects import (
     own_job_id,
 )
 from service.api.schemas import TrainRequest
+from service.api.uploads import receive_form
 from service.errors import DatasetNotFound
 from service.jobs import history
 from service.jobs.datasets import DatasetRecord, DatasetStore
@@ -45,7 +44,6 @@ Value = TypeVar("Value", File, JobEvent, Checkpoint)
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(description="the last one's id of the page before")]
 
-HINT = "send the archive as a part named `file`, and `purpose`"
 METADATA = re.compile(r"metadata\[(.*)\]")
 
 
@@ -55,14 +53,12 @@ METADATA = re.compile(r"metadata\[(.*)\]")
 @router.post("/files")
 async def create_file(request: Request, datasets: DatasetsDep) -> File:
     """Upload an archive of class folders: it is checked, and refused here if it can't be trained on."""
-    too_many = errors.MalformedBody(f"more than one file in the form; {HINT}")
-    async with form(request, 1, hint=HINT, too_many=too_many) as parts:
-        upload = parts.get("file")
-        if not isinstance(upload, UploadFile):
+    async with datasets.uploading() as upload:
+        text = await receive_form(request, upload, archive="file", labelled=False)
+        if not upload.begun:
             raise _invalid("file", "a file is required")
-        orders.checked(FileFields, {name: value for name, value in parts.items() if name != "file"})
-        content = datasets.receive(orders.chunks(upload), filename=upload.filename or "")
-        record = await while_connected(request, content)
+        orders.checked(FileFields, dict(text))
+        record = await while_connected(request, datasets.check(upload))
     request.state.log["dataset"] = record.id
     return File.of(record)
 

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
 
-from service.api.bodies import form, media_type
+from service.api.bodies import media_type
 from service.api.schemas import TrainRequest, TrainSettings
-from service.errors import DatasetNotFound, KeyInvalid, MalformedBody, NameTaken, UnsupportedBody
+from service.api.uploads import receive_form
+from service.errors import DatasetNotFound, KeyInvalid, NameTaken, UnsupportedBody
 from service.inference.registry import Registry
-from service.jobs.datasets import DatasetStore
+from service.jobs.datasets import DatasetStore, Upload
 from service.jobs.job import Builtin, Order, Pictures
 from service.jobs.store import JobStore
 from service.settings import Settings
@@ -27,50 +27,48 @@ from training.bundle.tuning import Tuning
 
 Body = TypeVar("Body", bound=BaseModel)
 
-CHUNK_BYTES = 2**20
 KEY = re.compile(r'"?([\x21\x23-\x7e]{1,255})"?')  # with or without the quotes that the draft standard asks for
-HINT = "send one archive as a part named `dataset`, and `model`, `name` … as parts beside it"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request says; a form may hold an archive in place of a data set that is here already."""
+    """What a request says; a form may hold pictures in place of a data set that is here already."""
 
     settings: TrainSettings
-    dataset: Pictures | UploadFile
+    dataset: Pictures | Upload
 
-    async def fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """Equal for requests that ask for the same."""
-        digest = hashlib.sha256(json.dumps(self.settings.model_dump(mode="json"), sort_keys=True).encode())
-        if isinstance(self.dataset, UploadFile):
-            async for chunk in chunks(self.dataset):
-                digest.update(chunk)
-        return digest.hexdigest()
+        said = json.dumps(self.settings.model_dump(mode="json"), sort_keys=True)
+        sent = self.dataset.sha256 if isinstance(self.dataset, Upload) else ""
+        return hashlib.sha256(f"{said}\n{sent}".encode()).hexdigest()
 
 
 @asynccontextmanager
-async def read(request: Request) -> AsyncIterator[Asked]:
-    """Raises UnsupportedBody, MalformedBody, RequestValidationError, and BodyTooLarge while the body streams in."""
+async def read(request: Request, datasets: DatasetStore) -> AsyncIterator[Asked]:
+    """A form's pictures are on disk as long as this lasts.
+
+    Raises UnsupportedBody, MalformedBody, RequestValidationError, what DatasetStore.uploading raises, and BodyTooLarge
+    while the body streams in.
+    """
     kind = media_type(request)
     if kind == "application/json":
         asked = checked(TrainRequest, await request.body())
         yield Asked(asked, asked.dataset)
     elif kind == "multipart/form-data":
-        too_many = MalformedBody(f"more than one file in the form; {HINT}")
-        async with form(request, 1, hint=HINT, too_many=too_many) as parts:
-            yield _from_form(parts)
+        async with datasets.uploading() as upload:
+            yield _from_form(await receive_form(request, upload), upload)
     else:
         forms = "application/json, or multipart/form-data with the archive as its part `dataset`"
         raise UnsupportedBody(f"content type {kind or 'none'} isn't read here; send {forms}")
 
 
-def _from_form(parts: FormData) -> Asked:
-    values: dict[str, object] = dict(parts)
-    if isinstance(recipe := values.get("recipe"), str):
+def _from_form(text: dict[str, str], upload: Upload) -> Asked:
+    values: dict[str, object] = dict(text)
+    if "recipe" in text:
         with suppress(ValueError):  # what isn't JSON isn't a dictionary either, and is refused as that
-            values["recipe"] = json.loads(recipe)
-    if isinstance(upload := values.get("dataset"), UploadFile):
-        del values["dataset"]
+            values["recipe"] = json.loads(text["recipe"])
+    if upload.begun:
         return Asked(checked(TrainSettings, values), upload)
     asked = checked(TrainRequest, values)
     return Asked(asked, asked.dataset)
@@ -97,7 +95,7 @@ async def place(
     asked: Asked, key: str | None, registry: Registry, settings: Settings, datasets: DatasetStore, jobs: JobStore
 ) -> dict[str, Any]:
     """Queue a job: its JSON. A request that comes again with its key gets what it got first."""
-    if key and (answered := await asyncio.to_thread(jobs.claim, key, await asked.fingerprint())):
+    if key and (answered := await asyncio.to_thread(jobs.claim, key, asked.fingerprint())):
         return answered
     try:
         order = await settle(asked, registry, datasets, settings)
@@ -132,7 +130,7 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
 
 
 async def _data(
-    dataset: Pictures | UploadFile, base: str, datasets: DatasetStore, settings: Settings
+    dataset: Pictures | Upload, base: str, datasets: DatasetStore, settings: Settings
 ) -> tuple[Pictures, Sequence[str]]:
     """The data set as a job names it, and its classes, as far as they are known."""
     if isinstance(dataset, Builtin):
@@ -140,10 +138,8 @@ async def _data(
             name = dataset.builtin
             raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
         return dataset, ()
-    if isinstance(dataset, UploadFile):
-        record = await datasets.receive(chunks(dataset), model=base)
-    else:
-        record = await datasets.get(dataset)
+    asked = datasets.check(dataset, model=base) if isinstance(dataset, Upload) else datasets.get(dataset)
+    record = await asked
     return record.id, record.classes
 
 
@@ -173,9 +169,3 @@ def _listed(labels: Sequence[str]) -> str:
     shown = ", ".join(label[:40] for label in labels[:10])
     return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
 
-
-async def chunks(upload: UploadFile) -> AsyncIterator[bytes]:
-    """The file, from its beginning."""
-    await upload.seek(0)
-    while chunk := await upload.read(CHUNK_BYTES):
-        yield chunk

@@ -68,7 +68,7 @@ async def train(
 ) -> Response:
     """Start a fine-tuning job: JSON that names a data set, or a form that holds the archive itself."""
     key = orders.key_of(idempotency_key)
-    async with orders.read(request) as asked:
+    async with orders.read(request, datasets) as asked:
         job = await orders.place(asked, key, registry, settings, datasets, jobs)
     runner.wake()
     request.state.log["job"] = job["id"]

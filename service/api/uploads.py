@@ -22,6 +22,7 @@ FORMS = (
     "a zip or tar as it is (application/zip, application/x-tar, application/octet-stream), multipart/form-data with a "
     "file `dataset` or with pictures named by their class, or application/json"
 )
+CURL = "with curl: -F dataset=@pets.zip, or -F cat=@1.png -F dog=@2.png"
 DATASET = "dataset"  # the form's file that is an archive; any other is a picture of the class that it is named by
 TEXT_BYTES = 65_536  # of a form's text and of one part's headers, and of JSON
 
@@ -44,7 +45,10 @@ async def receive(request: Request, upload: Upload) -> BuiltInDataset | Fields:
     if media_type == "application/json":
         return _from_json(await _text(request))
     if media_type == "multipart/form-data":
-        return _fields(await receive_form(request, upload))
+        text = await receive_form(request, upload)
+        if not upload.begun:
+            raise _malformed(f"no part of it is a file; {CURL}")
+        return _fields(text)
     if media_type == "" or (kind == "application" and subtype in ARCHIVES):
         await upload.begin_archive()
         async for chunk in request.stream():
@@ -70,19 +74,22 @@ def _from_json(body: bytes) -> BuiltInDataset:
         raise _invalid(error, 'send {"builtin": "cifar10", "limit": 2000}') from error
 
 
-async def receive_form(request: Request, upload: Upload) -> dict[str, str]:
+async def receive_form(
+    request: Request, upload: Upload, *, archive: str = DATASET, labelled: bool = True
+) -> dict[str, str]:
     """Write a form's files into the upload, and return its text.
 
+    The file of the name `archive` is one; any other is a picture of the class that it is named by, if such may come.
     Raises MalformedBody, and what Upload raises.
     """
-    form = _Form(request.headers["content-type"])
+    form = _Form(request.headers["content-type"], archive, labelled)
     async for chunk in request.stream():
         for event in form.feed(chunk):
             if event.kind == "data":
                 await upload.write(event.data)
             elif event.kind == "end":
                 await upload.end()
-            elif event.name == DATASET:
+            elif event.name == archive:
                 await upload.begin_archive(event.filename)
             else:
                 await upload.begin_picture(event.name, event.filename)
@@ -115,8 +122,9 @@ class _Event:
 class _Form:
     """Takes a form apart: its files become events, its text is kept."""
 
-    def __init__(self, content_type: str) -> None:
+    def __init__(self, content_type: str, archive: str, labelled: bool) -> None:
         """Raises MalformedBody."""
+        self._archive, self._labelled = archive, labelled
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise _malformed("its content type names no boundary")
@@ -158,8 +166,6 @@ class _Form:
         """The form's text. Raises MalformedBody."""
         if not self._ended:
             raise _malformed("its closing boundary is missing")
-        if self._archives + self._pictures == 0:
-            raise _malformed("no part of it is a file; with curl: -F dataset=@pets.zip, or -F cat=@1.png -F dog=@2.png")
         return {name: value.decode(errors="replace") for name, value in self._text.items()}
 
     def _on_part_begin(self) -> None:
@@ -208,8 +214,10 @@ class _Form:
         self._ended = True
 
     def _count(self) -> None:
-        if self._name == DATASET:
+        if self._name == self._archive:
             self._archives += 1
+        elif not self._labelled:
+            raise _malformed(f"its only file may be the archive, as a part named `{self._archive}`")
         else:
             self._pictures += 1
             if not self._name.strip() or self._name.startswith(".") or re.search(r"[/\\]", self._name):

@@ -7,6 +7,7 @@ of its own beside them, which is gone when the request is over, however it ends.
 import asyncio
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -89,12 +90,21 @@ class Upload:
         self._sink: IO[bytes] | None = None
         self._labelled: zipfile.ZipFile | None = None
         self._count = 0
+        self._digest = hashlib.sha256()
+        self.begun = False
+
+    @property
+    def sha256(self) -> str:
+        """Of what was sent so far: the archive, or the pictures and their labels."""
+        return self._digest.hexdigest()
 
     async def begin_archive(self, filename: str = "") -> None:
+        self.begun = True
         self.name = SUFFIXES.sub("", filename) or self.name
         await asyncio.to_thread(self._open_archive)
 
     async def begin_picture(self, label: str, filename: str) -> None:
+        self.begun = True
         await asyncio.to_thread(self._open_picture, label, filename)
 
     async def write(self, data: bytes) -> None:
@@ -129,12 +139,14 @@ class Upload:
             )
         with _disk_errors():
             self._labelled = self._labelled or zipfile.ZipFile(self.folder / UPLOAD, "w")
+            self._digest.update(f"{label}\n".encode())
             plain = re.sub(r"[^\w.-]", "_", filename)[-80:]
             info = zipfile.ZipInfo(f"{label}/{self._count:06}-{plain}")
             self._sink = self._labelled.open(info, "w", force_zip64=True)
 
     def _write(self, data: bytes) -> None:
         assert self._sink is not None
+        self._digest.update(data)
         with _disk_errors():
             self._sink.write(data)
 

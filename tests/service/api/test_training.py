@@ -1,9 +1,9 @@
 """The routes of fine-tuning, on a service that only queues: what jobs do is `tests/service/jobs` and `tests/e2e`."""
 
-import asyncio
 import io
 import json
 import re
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -239,6 +239,28 @@ def test_the_archive_may_come_with_the_request(client: TestClient) -> None:
     assert named["dataset"] == job["dataset"]
 
 
+def test_labelled_pictures_may_come_with_the_request(client: TestClient) -> None:
+    with zipfile.ZipFile(io.BytesIO(archive("dark", "light"))) as packed:
+        files = [(name.split("/")[0], (name, packed.read(name))) for name in packed.namelist()]
+    told = {"data": {"model": "greys", "name": "pets"}, "headers": {"Idempotency-Key": "k"}}
+    reply = client.post("/train", files=files, **told)
+    assert reply.status_code == 202
+    assert reply.json()["dataset"] == sent(client, archive("dark", "light"), model="greys", name="p").json()["dataset"]
+    assert client.post("/train", files=files, **told).json() == reply.json()
+    assert client.post("/train", files=files[::-1], **told).json()["code"] == "idempotency_key_reused"
+
+
+def test_an_archive_goes_to_the_state_folder_and_nowhere_else(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    content = io.BytesIO(archive("dark", "light"))
+    with zipfile.ZipFile(content, "a") as file:
+        file.writestr("dark/notes.bin", bytes(4_000_000))  # more than anybody would keep in memory
+    reply = sent(client, content.getvalue(), model="greys", name="pets")
+    assert reply.status_code == 202, reply.text
+
+
 def test_the_same_archive_with_the_same_key_is_the_same_request(client: TestClient) -> None:
     content = archive("dark", "light")
     first = sent(client, content, "k", model="greys", name="pets")
@@ -290,8 +312,8 @@ def test_a_form_with_two_files_is_refused(client: TestClient) -> None:
     assert problem(client.post("/train", files=files, data={"model": "greys"}).json()) == {
         "title": "The body isn't what its content type says",
         "status": 400,
-        "detail": "more than one file in the form; "
-        "send one archive as a part named `dataset`, and `model`, `name` … as parts beside it",
+        "detail": "the multipart body can't be read: it has several archives, or pictures beside one; "
+        "send them one by one",
         "code": "malformed_body",
     }
 
@@ -325,7 +347,7 @@ def test_another_request_with_the_same_key_is_refused(client: TestClient) -> Non
 def test_a_key_whose_request_is_still_being_answered(client: TestClient, jobs: JobStore) -> None:
     headers = {"Idempotency-Key": "k"}
     asked = TrainRequest.model_validate(SHADES)
-    jobs.claim("k", asyncio.run(Asked(asked, asked.dataset).fingerprint()))
+    jobs.claim("k", Asked(asked, asked.dataset).fingerprint())
     reply = client.post("/train", json=SHADES, headers=headers)
     assert reply.headers["retry-after"] == "5"
     assert problem(reply.json()) == {
