@@ -23,7 +23,7 @@ from service.jobs.store import JobStore, open_store
 from service.lifecycle import Lifecycle, drain_on_sigterm
 from service.settings import Settings
 from training import SafelightError, __version__
-from training.devices import choose_device
+from training.devices import choose_device, each_of
 from training.processors import processors
 
 GRACE_SECONDS = 10.0  # a training process ends within two at its next step; more on a busy machine
@@ -108,11 +108,12 @@ def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, regis
     async def published(_: str, __: str) -> None:
         await registry.follow()
 
+    devices = each_of(settings.device)
     machine = Machine(
         command=[sys.executable, "-m", "training"],
         artifacts=settings.artifacts.resolve(),
         data=settings.data.resolve() if settings.data else None,
-        device=settings.device,
+        devices=devices,
         memory_bytes=settings.job_memory_bytes,
         job_seconds=settings.job_seconds,
         grace_seconds=GRACE_SECONDS,
@@ -121,7 +122,7 @@ def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, regis
         jobs,
         settings.state.resolve() / "jobs",
         machine,
-        slots=settings.concurrent_jobs,
+        slots=len(devices) if settings.concurrent_jobs is None else settings.concurrent_jobs,
         keeping=Keeping(checkpoints=settings.keep_checkpoints, jobs=settings.keep_jobs),
         dataset_path=datasets.path,
         published=published,

@@ -84,8 +84,12 @@ class Settings(BaseSettings):
         None,
         description="Where jobs are kept, as postgresql://user:password@host/name; an SQLite file in the state folder.",
     )
-    concurrent_jobs: int = Field(
-        1, ge=0, le=64, description="Fine-tuning jobs that run at once; 0: this service only queues them."
+    concurrent_jobs: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Fine-tuning jobs that run at once, spread over the GPUs; left out: one for each GPU, or one in "
+        "all. 0: this service only queues them.",
     )
     queued_jobs: int = Field(100, ge=1, description="Jobs that may wait; beyond that, 429.")
     job_seconds: float = Field(21_600.0, gt=0, description="A job that takes longer fails; pauses don't count.")

@@ -29,6 +29,12 @@ def available_devices() -> list[str]:
     return (["cuda"] if cuda else []) + cuda + mps + ["cpu"]
 
 
+def each_of(wanted: str) -> list[str]:
+    """What jobs are spread over: every GPU, where any CUDA device will do and there are several; else the one."""
+    gpus = [name for name in available_devices() if name.startswith("cuda:")] if wanted in ("auto", "cuda") else []
+    return gpus if len(gpus) > 1 else [wanted]
+
+
 def device_name(device: torch.device) -> str:
     """A name for people and reports: 'cuda (NVIDIA H100)', 'cpu (2 threads)'."""
     if device.type == "cuda":

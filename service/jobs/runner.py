@@ -47,7 +47,7 @@ class Machine:
     command: Sequence[str]  # python -m training
     artifacts: Path
     data: Path | None
-    device: str
+    devices: Sequence[str]  # each job gets the one that the fewest others are on
     memory_bytes: int  # 0: as much as there is
     job_seconds: float
     grace_seconds: float  # from SIGTERM to SIGKILL
@@ -82,6 +82,7 @@ class Runner:
         self._dataset_path = dataset_path
         self._published = published
         self._sittings: dict[str, Sitting] = {}
+        self._placed: dict[str, str] = {}  # jobs on devices
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._awake = asyncio.Event()
         self._stopping = False
@@ -190,14 +191,14 @@ class Runner:
             return  # since the look that found it
         job = await asyncio.to_thread(self._jobs.move, job, "validating")
         left = self._machine.job_seconds - job.seconds
-        folder = self.folder(job_id)
+        folder, device = self.folder(job_id), self._least_busy()
         try:
-            command = self._command(job, folder, left)
+            command = self._command(job, folder, device, left)
         except ServiceError as error:
             await self._settle(job, failure(events.code_of(error), str(error)))
             return
         sitting = Sitting(self._jobs, job, folder, allowed_seconds=left, grace_seconds=self._machine.grace_seconds)
-        self._sittings[job_id] = sitting
+        self._sittings[job_id], self._placed[job_id] = sitting, device
         if self._stopping:
             sitting.stop()
         try:
@@ -211,10 +212,14 @@ class Runner:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             ending = failure("disk_full", DISK_FULL) if is_full else sitting.ending(job, None)
         finally:
-            del self._sittings[job_id]
+            del self._sittings[job_id], self._placed[job_id]
         await self._settle(sitting.job, ending)
 
-    def _command(self, job: Job, folder: Path, seconds: float) -> list[str]:
+    def _least_busy(self) -> str:
+        on = list(self._placed.values())
+        return min(self._machine.devices, key=on.count)
+
+    def _command(self, job: Job, folder: Path, device: str, seconds: float) -> list[str]:
         """The very command that a person would type."""
         if (folder / RUN).exists():
             words = ["--resume", str(folder)]
@@ -223,7 +228,7 @@ class Runner:
             words += ["--seed", str(job.seed), "--promote", job.promote, *self._dataset(job)]
             words += [word for key, value in job.recipe.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         machine = self._machine
-        words += ["--artifacts", str(machine.artifacts), "--device", machine.device]
+        words += ["--artifacts", str(machine.artifacts), "--device", device]
         words += ["--data", str(machine.data)] if machine.data else []
         words += ["--memory-bytes", str(machine.memory_bytes)] if machine.memory_bytes else []
         words += ["--deadline-seconds", f"{max(0.0, seconds):.1f}", "--guest", "--stop-at-eof"]

@@ -80,14 +80,15 @@ class JobStore:
             finished_at=None,
         )
         with self._transaction() as connection:
-            connection.execute(insert(tables.jobs).values(_as_row(job)))  # before the count: the lock is ours from here
+            tables.be_alone(connection)  # else two might both find the last place free
             waiting = connection.scalar(select(func.count()).where(_jobs.home == self.home, _jobs.status == "queued"))
-            if (waiting or 0) > queue_size:
+            if (waiting or 0) >= queue_size:
                 raise JobsFull(
                     f"{queue_size} jobs are waiting; the limit is {queue_size} (SAFELIGHT_QUEUED_JOBS): "
                     "come back when one is done, or cancel one",
                     limit=queue_size,
                 )
+            connection.execute(insert(tables.jobs).values(_as_row(job)))
             if key is not None:
                 reply = job.model_dump(mode="json")
                 connection.execute(update(tables.idempotency_keys).where(_keys.key == key).values(reply=reply))

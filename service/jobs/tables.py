@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Connection,
     DateTime,
     Dialect,
     Engine,
@@ -85,8 +86,7 @@ idempotency_keys = Table(
 )
 
 
-# By dialect: what keeps others from making the tables at the same moment.
-ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7233)"}
+ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7233)"}  # by dialect
 
 
 def open_database(url: str) -> Engine:
@@ -101,12 +101,17 @@ def open_database(url: str) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
     try:
         with engine.begin() as connection:
-            connection.exec_driver_sql(ALONE[engine.dialect.name])
+            be_alone(connection)
             metadata.create_all(connection)
     except BaseException:
         engine.dispose()
         raise
     return engine
+
+
+def be_alone(connection: Connection) -> None:
+    """At a transaction's start: until its end, no other that asked for this goes on."""
+    connection.exec_driver_sql(ALONE[connection.dialect.name])
 
 
 def _as_json(value: object) -> str:

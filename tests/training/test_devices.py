@@ -8,6 +8,7 @@ from training.devices import (
     available_devices,
     choose_device,
     device_name,
+    each_of,
     keep_freed_memory,
     training_precision,
 )
@@ -36,6 +37,25 @@ def test_the_best_device_is_chosen_where_none_is_named(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert (choose_device(wanted), available_devices()) == (torch.device(best), all_of_them)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "spread"),
+    [
+        (2, "auto", ["cuda:0", "cuda:1"]),
+        (2, "cuda", ["cuda:0", "cuda:1"]),
+        (2, "cuda:1", ["cuda:1"]),
+        (2, "cpu", ["cpu"]),
+        (1, "auto", ["auto"]),
+        (0, "auto", ["auto"]),
+    ],
+)
+def test_jobs_are_spread_over_all_gpus_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, wanted: str, spread: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert each_of(wanted) == spread
 
 
 def test_the_cpu_can_always_be_chosen() -> None:

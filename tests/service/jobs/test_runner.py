@@ -39,7 +39,7 @@ class Workshop:
             command=[sys.executable, str(PROGRAM)],
             artifacts=root / "artifacts",
             data=None,
-            device="cpu",
+            devices=["cpu"],
             memory_bytes=0,
             job_seconds=60.0,
             grace_seconds=2.0,
@@ -75,6 +75,10 @@ class Workshop:
         """Of all processes that have worked at a job."""
         log = self.folder(job) / "log.txt"
         return [int(pid) for pid in re.findall(r"^pid (\d+)", log.read_text(), re.M)] if log.exists() else []
+
+    def told_device(self, job: Job) -> str:
+        """Where its process was told to train."""
+        return (self.folder(job) / "log.txt").read_text().partition("--device ")[2].split()[0]
 
     def weights(self) -> str:
         return str(json.loads((self.root / "artifacts" / "shades" / "weights").read_text()))
@@ -204,6 +208,19 @@ async def test_jobs_are_done_one_at_a_time_in_their_order(shop: Workshop) -> Non
         assert first.finished_at is not None
         assert second.started_at is not None
         assert first.finished_at <= second.started_at
+
+
+@in_loop
+async def test_jobs_are_spread_over_the_devices(shop: Workshop) -> None:
+    jobs = [shop.queue(steps=40) for _ in range(3)]
+    async with shop.runner(slots=2, devices=["cuda:0", "cuda:1"]).working():
+        for job in jobs[:2]:
+            await shop.seen(job, lambda found: found.status == "running")
+        first = [shop.told_device(job) for job in jobs[:2]]
+        shop.jobs.cancel(jobs[0].id)
+        await shop.seen(jobs[2], lambda found: found.status == "running")
+        assert first == ["cuda:0", "cuda:1"]
+        assert shop.told_device(jobs[2]) == "cuda:0"
 
 
 @in_loop

@@ -290,6 +290,19 @@ def test_a_full_queue_takes_no_more(open_store: Open) -> None:
     there.create(order(), queue_size=2)
 
 
+def test_a_queue_is_never_overfull_however_many_come_at_once(jobs: JobStore) -> None:
+    def post(_: int) -> bool:
+        try:
+            jobs.create(order(), queue_size=3)
+        except JobsFull:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(post, range(24))) == 3
+    assert jobs.counts()["queued"] == 3
+
+
 @pytest.mark.parametrize("status", get_args(Status))
 def test_a_data_set_is_in_use_until_its_jobs_are_over(jobs: JobStore, status: Status) -> None:
     in_state(jobs, status)
