@@ -129,7 +129,7 @@ def _check_class_name(name: str) -> None:
             limit=MAX_CLASS_NAME,
         )
     hidden = name.startswith(".") or is_hidden(PurePosixPath(name))
-    if not name or hidden or "\\" in name or any(map(_is_control, name)):
+    if not name or hidden or set(name) & set("/\\") or any(map(_is_control, name)):
         raise ClassNameInvalid(
             f"{quoted} can't be a class's name: it is empty, starts with a dot, or holds a control character or slash; "
             "rename its folder",

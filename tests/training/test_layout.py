@@ -71,7 +71,7 @@ def test_names_that_make_no_classes_are_refused(
     assert (type(found.value).__name__, str(found.value), found.value.facts) == (kind, message, facts)
 
 
-@pytest.mark.parametrize("name", ["", "  ", " .hidden", "a\nb", "a\0b", "a\\b", "a\u2028b", "\udce4"])
+@pytest.mark.parametrize("name", ["", "  ", " .hidden", "a\nb", "a\0b", "a\\b", "a/b", "/a", "a\u2028b", "\udce4"])
 def test_names_that_are_none_are_refused(name: str) -> None:
     with pytest.raises(DatasetError) as found:
         class_names({name, "dog"})
