@@ -18,7 +18,6 @@ from uvicorn.supervisors import Multiprocess
 from service.jobs.store import open_store
 from service.settings import PREFIX, Settings, SettingsInvalid
 from training import SafelightError
-from training.devices import choose_device
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.read()
         _check_artifacts(settings.artifacts)
-        choose_device(settings.device)
         if options.check:
             return _check(settings)
         open_store(settings.state, settings.database_url).close()
@@ -57,6 +55,13 @@ def _check_artifacts(artifacts: Path) -> None:
         raise SettingsInvalid(f"{reason}; set SAFELIGHT_ARTIFACTS to the folder that holds the models") from error
 
 
+def _check_device(wanted: str) -> None:
+    if wanted not in ("auto", "cpu"):  # those are everywhere; to look for others takes torch, and two seconds
+        from training.devices import choose_device
+
+        choose_device(wanted)
+
+
 def _serve(settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn hands the signal on to these, once it is done
         signal.signal(number, lambda *_: sys.exit(0))
@@ -71,6 +76,7 @@ def _serve(settings: Settings) -> int:
         timeout_worker_healthcheck=30,  # a worker imports torch first: on a busy machine that takes more than 5 s
     )
     with _listen(settings.host, settings.port) as listener:
+        _check_device(settings.device)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{listener.getsockname()[1]}"
         if settings.workers == 1:

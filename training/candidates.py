@@ -88,7 +88,7 @@ class Heads:
         self.task, self.pool, self.tell = task, pool, tell
         self.menu = menu(task)
         self.fitted, self.fits = 0, rounds * len(self.menu) + more
-        self.begun = time.perf_counter()
+        self.clock = 0.0  # starts with the end of the first fit, which takes longer than those after it
         self.tell_progress()
         where = list(dict.fromkeys(choice.place for choice in self.menu))
         images = task.split.images[pool]
@@ -111,12 +111,13 @@ class Heads:
         toward = head_of(self.task.network) if self.task.same_classes else None
         head = probe.fit_head(inputs, labels, classes, penalty=choice.penalty, weights=weights, toward=toward)
         self.fitted += 1
+        self.clock = self.clock or time.perf_counter()
         self.tell_progress()
         return head
 
     def tell_progress(self) -> None:
-        pace = (time.perf_counter() - self.begun) / self.fitted if self.fitted else None
-        left = pace and pace * (self.fits - self.fitted)
+        pace = (time.perf_counter() - self.clock) / (self.fitted - 1) if self.fitted > 1 else None
+        left = None if pace is None else pace * (self.fits - self.fitted)
         self.tell(events.Phase(phase="heads", step=self.fitted, steps=self.fits, seconds_left=left))
 
     def logits(self, choice: Choice, head: Head, chosen: Tensor) -> Tensor:
