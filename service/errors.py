@@ -6,7 +6,6 @@
   + VersionRefused         the version is there, but failed its verification
   + NothingActive          a model whose versions answer only when asked for by number
   + VersionActive          an active version can't be deleted
-  + ArtifactsUnwritable    a change of the artifacts folder that the system refuses
   + TopKOutOfRange         more classes asked for than the model has
   + NoImages               a request without a picture
   + TooManyImages          more pictures in one request than the limit
@@ -60,10 +59,6 @@ class NothingActive(ServiceError):
 
 
 class VersionActive(ServiceError):
-    pass
-
-
-class ArtifactsUnwritable(ServiceError):
     pass
 
 

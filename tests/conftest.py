@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from service.app import create_app
 from service.settings import Settings
 from tests.databases import postgres  # noqa: F401 - a fixture for all
+from tests.disks import read_only, small_disk  # noqa: F401
 from tests.tiny import TINY, make_bundle, squares, write_class_folders
 from training import runs
 

@@ -94,7 +94,7 @@ def _read(path: Path) -> tuple[State, dict[str, Any]]:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except Exception as error:  # there is no end to what reading damaged bytes can raise
         reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise CheckpointError(f"{path} is damaged: {reason}") from error
+        raise CheckpointError(f"{path} is damaged: {reason}; start a new run") from error
 
 
 def _short(value: object) -> str:

@@ -142,6 +142,7 @@ def failure(error: Exception) -> events.Failed:
 
 def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     """Check the pictures, load the base, and gather what is remembered of its data."""
+    store.check_writable(options.artifacts, plan.name)
     manifest = store.read_manifest(options.artifacts, plan.base)
     bundle = plan.base.path(options.artifacts)
     store.check_files(bundle, manifest)

@@ -53,7 +53,7 @@ async def get_version(model: str, version: str, registry: RegistryDep) -> Versio
         errors.VersionNotFound,
         store.NameInvalid,
         errors.VersionRefused,
-        errors.ArtifactsUnwritable,
+        store.ArtifactsUnwritable,
     ),
 )
 async def activate(model: str, body: Active, registry: RegistryDep) -> Model:
@@ -70,7 +70,7 @@ async def activate(model: str, body: Active, registry: RegistryDep) -> Model:
         errors.VersionNotFound,
         store.NameInvalid,
         errors.VersionActive,
-        errors.ArtifactsUnwritable,
+        store.ArtifactsUnwritable,
     ),
 )
 async def delete_version(model: str, version: str, registry: RegistryDep) -> Response:

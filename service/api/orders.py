@@ -113,6 +113,7 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
     base = registry.entry(wanted.model, wanted.version)
     name = wanted.model if wanted.name is None else wanted.name
     store.check_model_name(name)
+    store.check_writable(settings.artifacts, name)
     tuning = Tuning.parse(wanted.recipe)
     dataset, classes = await _data(asked.dataset, str(base.ref), datasets, settings)
     if classes and base.manifest:
@@ -168,4 +169,3 @@ def _check_classes(registry: Registry, name: str, classes: Sequence[str]) -> Non
 def _listed(labels: Sequence[str]) -> str:
     shown = ", ".join(label[:40] for label in labels[:10])
     return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
-

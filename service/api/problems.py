@@ -38,7 +38,7 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.VersionRefused: Kind(409, "version_refused", "The version failed its verification"),
     errors.NothingActive: Kind(409, "nothing_active", "No version is active"),
     errors.VersionActive: Kind(409, "version_active", "The version is active"),
-    errors.ArtifactsUnwritable: Kind(503, "artifacts_unwritable", "The artifacts folder can't be changed"),
+    store.ArtifactsUnwritable: Kind(503, "artifacts_unwritable", "The artifacts folder can't be changed"),
     errors.TopKOutOfRange: Kind(422, "top_k_out_of_range", "top_k is out of range"),
     errors.NoImages: Kind(400, "no_images", "No picture in the request"),
     errors.TooManyImages: Kind(413, "too_many_images", "Too many pictures in one request"),

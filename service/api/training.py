@@ -43,6 +43,7 @@ _BODY = {"application/json": {"schema": _JSON}, "multipart/form-data": {"schema"
         errors.VersionNotFound,
         errors.VersionRefused,
         store.NameInvalid,
+        store.ArtifactsUnwritable,
         errors.NameTaken,
         TuningInvalid,
         errors.DatasetNotFound,

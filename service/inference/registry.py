@@ -19,7 +19,6 @@ from typing import Literal, Self, TypeVar
 import torch
 
 from service.errors import (
-    ArtifactsUnwritable,
     ModelNotFound,
     NothingActive,
     NotReady,
@@ -205,7 +204,7 @@ class Registry:
         except (ManifestInvalid, FileNotFoundError) as error:  # since the last scan
             raise VersionNotFound(f"{entry.ref} has gone from the artifacts folder") from error
         except OSError as error:
-            raise ArtifactsUnwritable(f"the artifacts folder can't be written: {error.strerror}") from error
+            raise store.ArtifactsUnwritable(f"the artifacts folder can't be written: {error.strerror}") from error
 
     # --- following the folder ---
 

@@ -18,6 +18,7 @@ from training.bundle import store
 from training.bundle.replay import REPLAY, read_replay
 from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
+from training.checkpoint import CheckpointError
 from training.finetune import NameTaken, Options, RunInvalid
 from training.loop import Diverged, Interrupted
 from training.published import verify
@@ -239,17 +240,18 @@ def test_a_name_that_stands_for_other_classes_is_taken(tmp_path: Path, tiny: Pat
 # --- killed and gone on with ------------------------------------------------------------------------------------------
 
 
+def stop_at(step: int) -> Callable[[events.Event], None]:
+    def emit(event: events.Event) -> None:
+        if isinstance(event, events.Progress) and event.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return emit
+
+
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_never_was(tmp_path: Path, tiny: Path) -> None:
     data = bars(tmp_path / "bars", 120)
     other = shutil.copytree(tiny, tmp_path / "other")
     whole = run(tmp_path / "whole", other, plan(data))
-
-    def stop_at(step: int) -> Callable[[events.Event], None]:
-        def emit(event: events.Event) -> None:
-            if isinstance(event, events.Progress) and event.step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return emit
 
     with pytest.raises(Interrupted):
         run(tmp_path / "run", tiny, plan(data), stop_at(7))
@@ -310,6 +312,19 @@ def test_a_loss_that_runs_away_is_gone_back_from_twice_and_then_fails(
     assert sum("with smaller steps" in event.message for event in again) == 2
 
 
+def test_a_damaged_checkpoint_fails_the_run_and_is_named(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 120)), stop_at(3))
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=f"^{path} is damaged: "):
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    last = events_of(tmp_path / "run")[-1]
+    assert isinstance(last, events.Failed)
+    assert last.code == "checkpoint_error"
+    assert store.versions(tiny, "bars") == []
+
+
 def test_time_that_is_over_ends_the_run_with_a_checkpoint(tmp_path: Path, tiny: Path) -> None:
     finetune.create(tmp_path / "run", plan(bars(tmp_path / "bars", 120)))
     with pytest.raises(Exception, match="the time allowed was over at step 1; allow more, or ask for fewer epochs"):
@@ -318,6 +333,55 @@ def test_time_that_is_over_ends_the_run_with_a_checkpoint(tmp_path: Path, tiny: 
     assert isinstance(last, events.Failed)
     assert last.code == "deadline_passed"
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def failed(
+    folder: Path, artifacts: Path, made: Plan, *, expected: type[Exception] | tuple[type[Exception], ...]
+) -> Any:
+    """The event that a run ends with which fails."""
+    with pytest.raises(expected):
+        run(folder, artifacts, made)
+    last = events_of(folder)[-1]
+    assert isinstance(last, events.Failed)
+    return last
+
+
+def test_where_no_version_could_be_published_nothing_is_begun(
+    tmp_path: Path, tiny: Path, read_only: Callable[[Path], Path]
+) -> None:
+    read_only(tiny)
+    last = failed(tmp_path / "run", tiny, plan(tmp_path / "bars"), expected=store.ArtifactsUnwritable)
+    assert last.code == "artifacts_unwritable"
+    assert last.message == (
+        f"{tiny} can't be written, so no version could be published there; see to the owner and rights of the "
+        "artifacts folder (SAFELIGHT_ARTIFACTS)"
+    )
+
+
+def test_a_full_disk_of_models_fails_the_run_and_nothing_half_made_is_left(
+    tmp_path: Path, tiny: Path, small_disk: Callable[[Path, str], Path]
+) -> None:
+    artifacts = small_disk(tmp_path / "small", "224k")
+    shutil.copytree(tiny, artifacts, dirs_exist_ok=True)
+    data = bars(tmp_path / "bars", 25)
+    last = failed(tmp_path / "run", artifacts, plan(data), expected=(OSError, RuntimeError))
+    assert (last.code, last.message) == ("disk_full", "the disk is full; make room, then start the job again")
+    assert store.versions(artifacts, "bars") == []
+    assert {path.name for path in (artifacts / "bars").iterdir()} <= {"active"}
+    shutil.copytree(artifacts, tmp_path / "larger")
+    again = finetune.execute(tmp_path / "run", Options(tmp_path / "larger", device="cpu"), lambda _: None)
+    assert (again["version"], again["promoted"]) == ("1", True)
+
+
+def test_a_full_disk_of_runs_fails_the_run_without_a_torn_checkpoint(
+    tmp_path: Path, tiny: Path, small_disk: Callable[[Path, str], Path]
+) -> None:
+    folder = small_disk(tmp_path / "run", "220k")
+    data = bars(tmp_path / "bars", 120)
+    last = failed(folder, tiny, plan(data), expected=(OSError, RuntimeError))
+    assert last.code == "disk_full"
+    assert store.versions(tiny, "bars") == []
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 200_000
 
 
 @pytest.mark.parametrize(

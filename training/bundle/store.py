@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from training import SafelightError
 from training.bundle.manifest import (
     CHECKPOINT,
     MANIFEST,
@@ -52,6 +53,10 @@ class FileMalformed(BundleError):
 
 class NameInvalid(BundleError):
     """Not a name that a model or a version can have."""
+
+
+class ArtifactsUnwritable(SafelightError):
+    """The system lets nobody write where versions are."""
 
 
 @dataclass(frozen=True, order=True)
@@ -203,6 +208,16 @@ def delete(artifacts: Path, ref: BundleRef) -> None:
             os.rename(ref.path(artifacts), doomed / ref.version)
     finally:
         shutil.rmtree(doomed)
+
+
+def check_writable(artifacts: Path, model: str) -> None:
+    """Raises ArtifactsUnwritable where no version of a model could be published: better before the work than after."""
+    place = artifacts / model if (artifacts / model).exists() else artifacts
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactsUnwritable(
+            f"{place} can't be written, so no version could be published there; see to the owner and rights of the "
+            "artifacts folder (SAFELIGHT_ARTIFACTS)"
+        )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,22 @@ def test_a_builtin_set_needs_the_data(settings: Settings) -> None:
             "detail": "mnist isn't on this machine; set SAFELIGHT_DATA to the folder that holds it",
             "code": "dataset_not_found",
         }
+
+
+def test_models_that_can_not_be_written_are_said_so_at_once(
+    client: TestClient, settings: Settings, read_only: Callable[[Path], Path]
+) -> None:
+    read_only(settings.artifacts)
+    reply = client.post("/train", json=SHADES)
+    assert problem(reply.json()) == {
+        "title": "The artifacts folder can't be changed",
+        "status": 503,
+        "detail": f"{settings.artifacts} can't be written, so no version could be published there; see to the owner "
+        "and rights of the artifacts folder (SAFELIGHT_ARTIFACTS)",
+        "code": "artifacts_unwritable",
+    }
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert client.get("/health/ready").status_code == 200
 
 
 def test_a_full_queue_takes_no_more(client: TestClient) -> None:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from service.errors import (
-    ArtifactsUnwritable,
     ModelNotFound,
     NothingActive,
     NotReady,
@@ -281,7 +280,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_version(artifacts: Path) 
         pointer = artifacts / "greys" / store.ACTIVE
         pointer.unlink()
         pointer.mkdir()  # no file can be renamed over a folder
-        with pytest.raises(ArtifactsUnwritable, match="the artifacts folder can't be written: Is a directory"):
+        with pytest.raises(store.ArtifactsUnwritable, match="the artifacts folder can't be written: Is a directory"):
             await registry.activate("greys", "2")
         assert await ask(registry, 4) == "grey-4 by greys@1"
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -326,21 +326,11 @@ def test_beyond_the_limit_uploads_are_sent_away(new_store: Callable[..., Dataset
     run(store, main)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Two megabytes of it."""
-    place = tmp_path / "state"
-    place.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small disk takes root's rights")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("size", [3_000_000, 1_200_000], ids=["while-receiving", "while-checking"])
-def test_a_full_disk_is_said_so_and_nothing_is_left(small_disk: Path, store: DatasetStore, size: int) -> None:
-    assert store.folder.parent == small_disk
+def test_a_full_disk_is_said_so_and_nothing_is_left(
+    small_disk: Callable[[Path, str], Path], store: DatasetStore, size: int
+) -> None:
+    disk = small_disk(store.folder.parent, "2m")
     files = {name: content + bytes(size // 20) for name, content in pictures("cat", "dog").items()}
     error = refused(store, zipped(files))
     assert (type(error), str(error)) == (
@@ -348,14 +338,12 @@ def test_a_full_disk_is_said_so_and_nothing_is_left(small_disk: Path, store: Dat
         "there is no room for this data set in the state folder; delete data sets that nobody needs, or let "
         "SAFELIGHT_STATE be on a larger disk",
     )
-    assert sum(path.stat().st_size for path in small_disk.rglob("*") if path.is_file()) == 0
+    assert sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()) == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_said_so(store: DatasetStore) -> None:
-    store.folder.parent.mkdir()
-    store.folder.parent.chmod(0o555)
-    with pytest.raises(StateUnwritable, match="^the state folder can't be written: Permission denied; see to "):
+def test_a_folder_that_cannot_be_written_is_said_so(read_only: Callable[[Path], Path], store: DatasetStore) -> None:
+    read_only(store.folder.parent)
+    with pytest.raises(StateUnwritable, match="^the state folder can't be written: Read-only file system; see to "):
         run(store, lambda: store.receive(chunks(PETS)))
 
 
