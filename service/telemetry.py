@@ -3,11 +3,11 @@
 import logging
 import os
 import sys
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from prometheus_client import REGISTRY as THIS_PROCESS
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
-from pythonjsonlogger.json import JsonFormatter
+from pydantic_core import to_json
 
 logger = logging.getLogger("safelight")
 
@@ -54,9 +54,7 @@ def configure_logging(level: str, style: Literal["auto", "json", "text"]) -> Non
     """One line an event, on stderr: JSON, or for people the message and its fields."""
     handler = _Handler(sys.stderr)
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
-        fields = ["asctime", "levelname", "name", "message"]
-        renamed = {"asctime": "at", "levelname": "level", "name": "logger", "message": "event"}
-        handler.setFormatter(JsonFormatter(fields, rename_fields=renamed))
+        handler.setFormatter(_JsonFormatter())
     else:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
@@ -69,18 +67,31 @@ class _Handler(logging.StreamHandler[TextIO]):
     """Ours, so that configuring again replaces it and leaves others alone."""
 
 
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}  # the last: uvicorn's
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    """What was said beside the message."""
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+class _JsonFormatter(logging.Formatter):
+    """`{"at": …, "level": "INFO", "logger": "safelight", "event": "request", "method": "POST", …}`"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"at": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        line |= {"event": record.getMessage()} | _extra(record)
+        if record.exc_info:
+            line["exc_info"] = self.formatException(record.exc_info)
+        return to_json(line, fallback=str, inf_nan_mode="strings").decode()
+
+
 class _TextFormatter(logging.Formatter):
     """`12:00:01 INFO    request method=POST path=/predict …`"""
 
-    _standard = frozenset(vars(logging.makeLogRecord({})))
-
     def format(self, record: logging.LogRecord) -> str:
-        extra = {
-            key: value for key, value in vars(record).items() if key not in self._standard | {"message", "asctime"}
-        }
-        extra.pop("color_message", None)  # uvicorn's
         line, *trace = super().format(record).split("\n")
-        fields = (f"{key}={_printable(str(value))}" for key, value in extra.items())
+        fields = (f"{key}={_printable(str(value))}" for key, value in _extra(record).items())
         return "\n".join([" ".join([line, *fields]), *trace])
 
 

@@ -1,7 +1,7 @@
 """Whether anybody still waits for the answer."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import TypeVar
 
 from fastapi import Request
@@ -10,22 +10,34 @@ from service.errors import ClientGone
 
 T = TypeVar("T")
 
+PATIENCE = 0.02  # seconds: of work that is done by then, nothing would be saved
 
-async def while_connected(request: Request, work: Coroutine[None, None, T]) -> T:
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """Do the work unless the client leaves first; then what is left of it is dropped. Raises ClientGone."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    worker, has_gone = asyncio.current_task(), False
+    watcher: asyncio.Task[None] | None = None
+    assert worker is not None
+
+    async def watch() -> None:
+        nonlocal has_gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        has_gone = True
+        worker.cancel()
+
+    def begin_to_watch() -> None:
+        nonlocal watcher
+        watcher = asyncio.create_task(watch())
+
+    timer = asyncio.get_running_loop().call_later(PATIENCE, begin_to_watch)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("the client closed the connection before its answer was ready")
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_gone and not worker.uncancel():  # by us, and by nobody else
+            raise ClientGone("the client closed the connection before its answer was ready") from None
+        raise
     finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})  # what it holds is let go of before what it stands in
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()

@@ -6,7 +6,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.jobs.job import Job, Metadata, Pictures, Promote
-from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
 from training.dataset_report import Report
 
@@ -38,11 +37,6 @@ class Prediction(BaseModel):
     probability: float
     scores: list[Score] = Field(description="best first")
     in_distribution: bool = Field(description="false: the picture is unlike what the model was trained on")
-
-    @classmethod
-    def of(cls, answer: Answer) -> "Prediction":
-        best, *_ = scores = [Score(**vars(score)) for score in answer.scores]
-        return cls(**vars(best), scores=scores, in_distribution=answer.in_distribution)
 
 
 class FailedPrediction(BaseModel):

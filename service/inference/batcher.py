@@ -13,19 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
 from service.telemetry import logger
-from training.bundle.answers import Logits
 from training.bundle.images import Pixels
 
-Row = NDArray[np.float32]  # the logits of one picture, [K]
-Outcome = Row | InferenceFailed
-Run = Callable[[NDArray[np.uint8]], Logits]  # uint8 [N, C, H, W] → float32 [N, K]; called in the executor
+T = TypeVar("T")  # what comes of one picture
+Run = Callable[[NDArray[np.uint8]], Sequence[T | InferenceFailed]]  # of uint8 [N, C, H, W]; called in the executor
 
 
 class Meter(Protocol):
@@ -37,7 +35,7 @@ class Meter(Protocol):
 
 
 @dataclass(eq=False)
-class Submission:
+class Submission(Generic[T]):
     """The pictures of one request, and what came of them. The deadline is in the event loop's time, which may be
     coarse; what is measured is in `perf_counter` seconds."""
 
@@ -47,10 +45,10 @@ class Submission:
     done: asyncio.Future[None]
     started: float | None = None  # when the first of them went to the engine
     finished: float = 0.0
-    settled: dict[int, Outcome] = field(default_factory=dict)
+    settled: dict[int, T | InferenceFailed] = field(default_factory=dict)
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[T | InferenceFailed]:
         """In the order of `images`; whole once `done`."""
         return [self.settled[place] for place in range(len(self.images))]
 
@@ -58,19 +56,19 @@ class Submission:
     def abandoned(self) -> bool:
         return self.done.done()
 
-    def settle(self, place: int, outcome: Outcome, now: float) -> None:
+    def settle(self, place: int, outcome: T | InferenceFailed, now: float) -> None:
         self.settled[place] = outcome
         if len(self.settled) == len(self.images) and not self.abandoned:
             self.finished = now
             self.done.set_result(None)
 
 
-class Batcher:
+class Batcher(Generic[T]):
     """One queue before one engine. `device` is held while a batch runs: engines that share a device take turns."""
 
     def __init__(
         self,
-        run: Run,
+        run: Run[T],
         executor: Executor,
         device: asyncio.Lock,
         *,
@@ -86,7 +84,7 @@ class Batcher:
         self._queue_size = queue_size
         self._seconds_per_image = seconds_per_image  # measured at load, then followed
         self._meter = meter
-        self._queue: deque[tuple[Submission, int]] = deque()
+        self._queue: deque[tuple[Submission[T], int]] = deque()
         self._pending = 0
         self._arrived = asyncio.Event()
         self._worker = asyncio.create_task(self._work(), name="batcher")
@@ -109,13 +107,13 @@ class Batcher:
         finally:
             self._count(-count)
 
-    async def submit(self, images: Sequence[Pixels], deadline: float) -> Submission:
+    async def submit(self, images: Sequence[Pixels], deadline: float) -> Submission[T]:
         """Compute pictures [C, H, W]; returns when each has an outcome. Raises DeadlineExceeded.
 
         A caller that is cancelled takes its waiting pictures with it.
         """
         loop = asyncio.get_running_loop()
-        submission = Submission(images, deadline, time.perf_counter(), loop.create_future())
+        submission: Submission[T] = Submission(images, deadline, time.perf_counter(), loop.create_future())
         self._queue.extend((submission, place) for place in range(len(images)))
         self._arrived.set()
         try:
@@ -154,7 +152,7 @@ class Batcher:
             for (submission, place), outcome in zip(batch, outcomes, strict=True):
                 submission.settle(place, outcome, now)
 
-    async def _run_batch(self, batch: list[tuple[Submission, int]]) -> list[Outcome]:
+    async def _run_batch(self, batch: list[tuple[Submission[T], int]]) -> Sequence[T | InferenceFailed]:
         """One outcome for each picture, come what may: the worker must outlive any batch."""
         images = [submission.images[place] for submission, place in batch]
         begun = time.perf_counter()
@@ -170,9 +168,9 @@ class Batcher:
             return [InferenceFailed(f"the batch of this picture failed ({type(error).__name__})")] * len(batch)
         return outcomes
 
-    def _next_batch(self, now: float) -> list[tuple[Submission, int]]:
+    def _next_batch(self, now: float) -> list[tuple[Submission[T], int]]:
         """Take what somebody still waits for and can still be in time."""
-        batch: list[tuple[Submission, int]] = []
+        batch: list[tuple[Submission[T], int]] = []
         while self._queue and len(batch) < self._max_batch:
             submission, place = self._queue.popleft()
             if submission.abandoned or submission.deadline <= now:
@@ -180,19 +178,18 @@ class Batcher:
             batch.append((submission, place))
         return batch
 
-    def _compute(self, images: list[Pixels]) -> list[Outcome]:
+    def _compute(self, images: list[Pixels]) -> Sequence[T | InferenceFailed]:
         """In the executor: run a batch; where it fails, halve it until only the guilty pictures fail."""
         try:
-            logits = self._run(np.stack(images))  # [N, K]
-            if len(logits) != len(images):
-                raise ValueError(f"the engine answered {len(images)} pictures with {len(logits)} rows")
+            outcomes = self._run(np.stack(images))
+            if len(outcomes) != len(images):
+                raise ValueError(f"the engine answered {len(images)} pictures with {len(outcomes)} rows")
         except Exception as error:  # whatever the engine's library raises
             failure = error
         else:
-            broken = InferenceFailed("the model answered this picture with NaN or infinity")
-            return [row if np.isfinite(row).all() else broken for row in logits]
+            return outcomes
         if len(images) > 1:
             half = len(images) // 2
-            return self._compute(images[:half]) + self._compute(images[half:])
+            return [*self._compute(images[:half]), *self._compute(images[half:])]
         logger.error("the engine failed on a picture", exc_info=failure)
         return [InferenceFailed(f"the model failed on this picture ({type(failure).__name__})")]

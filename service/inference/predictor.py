@@ -8,16 +8,21 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from service.errors import DeadlineExceeded, TopKOutOfRange
-from service.inference.batcher import Batcher, Outcome
+from service.errors import DeadlineExceeded, InferenceFailed, TopKOutOfRange
+from service.inference.batcher import Batcher, Run
 from service.inference.engine import Engine
 from service.telemetry import IMAGES, STAGE_SECONDS
 from training import SafelightError
-from training.bundle.answers import Answer, answers
-from training.bundle.images import ImageRejected, Pixels, decode
+from training.bundle.answers import Answer, Ranking, rank
+from training.bundle.images import ImageRejected, Pixels, decode, is_quick
 
 Picture = bytes | SafelightError  # one that already failed keeps its place in the request
+Row = tuple[Ranking, int]  # what a batch's logits say, and which of its pictures is meant
+
+MOST_AT_ONCE = 16  # quick pictures that are decoded on the event loop: about a millisecond's work
+STAGES = ("decode", "queue", "infer", "total")
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,32 @@ class Answered:
     seconds: dict[str, float]
 
 
+def ranked(engine: Engine) -> Run[Row]:
+    """The engine's run and what its logits say, for a batcher; logits that aren't finite fail their own picture."""
+
+    def run(images: NDArray[np.uint8]) -> list[Row | InferenceFailed]:
+        logits = engine.run(images)  # [N, K]
+        finite = np.asarray(np.isfinite(logits).all(axis=1))  # [N]
+        ranking = rank(logits if finite.all() else np.nan_to_num(logits), engine.manifest)
+        failed = InferenceFailed("the model answered this picture with NaN or infinity")
+        return [(ranking, row) if good else failed for row, good in enumerate(finite.tolist())]
+
+    return run
+
+
 class Predictor:
-    def __init__(self, engine: Engine, batcher: Batcher, decoders: Executor, *, threads: int, max_pixels: int) -> None:
+    def __init__(
+        self, engine: Engine, batcher: Batcher[Row], decoders: Executor, *, threads: int, max_pixels: int
+    ) -> None:
         self.engine = engine
         self.manifest = engine.manifest
         self._batcher = batcher
         self._decoders = decoders
         self._threads = threads
         self._max_pixels = max_pixels
+        names = self.manifest.model, self.manifest.version
+        self._images = IMAGES.labels(*names)
+        self._stage_seconds = {stage: STAGE_SECONDS.labels(stage, *names) for stage in STAGES}
 
     async def predict(self, pictures: Sequence[Picture], top_k: int, deadline: float) -> Answered:
         """Answer each picture before `deadline`, in the event loop's time.
@@ -53,25 +76,35 @@ class Predictor:
             begun = time.perf_counter()
             decoded = await self._decode(pictures, deadline)
             seconds = {"decode": time.perf_counter() - begun}
-            good = {place: item for place, item in enumerate(decoded) if isinstance(item, np.ndarray)}
-            outcomes: dict[int, Answer | SafelightError] = {
-                place: item for place, item in enumerate(decoded) if isinstance(item, SafelightError)
-            }
-            if good:
-                submission = await self._batcher.submit(list(good.values()), deadline)
+            images = [item for item in decoded if isinstance(item, np.ndarray)]
+            rows: list[Row | InferenceFailed] = []
+            if images:
+                submission = await self._batcher.submit(images, deadline)
+                rows = submission.outcomes
                 started = submission.started or submission.submitted
                 seconds |= {"queue": started - submission.submitted, "infer": submission.finished - started}
-                outcomes.update(zip(good, self._rank(submission.outcomes, top_k), strict=True))
-        answered = sum(isinstance(outcome, Answer) for outcome in outcomes.values())
-        self._observe(seconds | {"total": time.perf_counter() - begun}, answered)
-        return Answered([outcomes[place] for place in range(len(pictures))], seconds)
+        seconds["total"] = time.perf_counter() - begun
+        found = iter([row if isinstance(row, InferenceFailed) else row[0].answer(row[1], top_k) for row in rows])
+        outcomes = [item if isinstance(item, SafelightError) else next(found) for item in decoded]
+        self._observe(seconds, outcomes)
+        del seconds["total"]
+        return Answered(outcomes, seconds)
 
     async def close(self) -> None:
         """Answer what was admitted, then stop."""
         await self._batcher.close()
 
     async def _decode(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
-        """Decode off the event loop, a share of the pictures in each thread, for as long as the request waits."""
+        """Decode off the event loop, but for what takes less time than to hand it over."""
+        if len(pictures) <= MOST_AT_ONCE and all(self._is_quick(picture) for picture in pictures):
+            return [self._decode_one(picture) for picture in pictures]
+        return await self._decode_in_threads(pictures, deadline)
+
+    def _is_quick(self, picture: Picture) -> bool:
+        return isinstance(picture, SafelightError) or is_quick(picture, self.manifest.input)
+
+    async def _decode_in_threads(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
+        """A share of the pictures in each thread, for as long as the request waits."""
         loop = asyncio.get_running_loop()
         unwanted = threading.Event()
         share = -(-len(pictures) // self._threads)
@@ -98,13 +131,7 @@ class Predictor:
         except ImageRejected as error:
             return error
 
-    def _rank(self, outcomes: list[Outcome], top_k: int) -> list[Answer | SafelightError]:
-        rows = [outcome for outcome in outcomes if isinstance(outcome, np.ndarray)]
-        ranked = iter(answers(np.stack(rows), self.manifest, top_k) if rows else ())
-        return [next(ranked) if isinstance(outcome, np.ndarray) else outcome for outcome in outcomes]
-
-    def _observe(self, seconds: dict[str, float], answered: int) -> None:
-        names = self.manifest.model, self.manifest.version
-        IMAGES.labels(*names).inc(answered)
+    def _observe(self, seconds: dict[str, float], outcomes: list[Answer | SafelightError]) -> None:
+        self._images.inc(sum(isinstance(outcome, Answer) for outcome in outcomes))
         for stage, value in seconds.items():
-            STAGE_SECONDS.labels(stage, *names).observe(value)
+            self._stage_seconds[stage].observe(value)

@@ -29,7 +29,7 @@ from service.errors import (
 )
 from service.inference import engine
 from service.inference.batcher import Batcher
-from service.inference.predictor import Predictor
+from service.inference.predictor import Predictor, ranked
 from service.telemetry import BATCH_SIZE, PENDING, logger
 from training.bundle import store
 from training.bundle.manifest import BundleError, Manifest, ManifestInvalid
@@ -330,7 +330,7 @@ class Registry:
 
     def _new_predictor(self, ref: BundleRef, loaded: engine.Engine) -> Predictor:
         batcher = Batcher(
-            loaded.run,
+            ranked(loaded),
             self._engines,
             self._device,
             max_batch=self.limits.max_batch,

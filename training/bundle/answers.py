@@ -54,16 +54,34 @@ def familiarity(logits: Logits, score: Score, temperature: float) -> NDArray[np.
     return top + np.log(np.exp(logits.astype(np.float64) - top[:, None]).sum(axis=1))
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What a batch of logits says, all classes of it: `answer` cuts it to those that were asked for."""
+
+    classes: tuple[str, ...]
+    order: NDArray[np.int64]  # [N, K], best first
+    chances: Probabilities  # [N, K]
+    familiar: NDArray[np.bool_]  # [N]
+
+    def answer(self, row: int, top_k: int) -> Answer:
+        chances = self.chances[row]
+        best = self.order[row, :top_k].tolist()
+        scores = tuple(Ranked(self.classes[index], index, float(chances[index])) for index in best)
+        return Answer(scores, bool(self.familiar[row]))
+
+
+def rank(logits: Logits, manifest: Manifest) -> Ranking:
+    """Rank the classes of each row of logits [N, K]: for a whole batch at once, it costs little more than for one."""
+    temperature, ood = manifest.calibration.temperature, manifest.ood
+    return Ranking(
+        classes=manifest.classes,
+        order=np.argsort(-logits, axis=1, kind="stable"),
+        chances=probabilities(logits, temperature),
+        familiar=familiarity(logits, ood.score, temperature) >= ood.threshold,
+    )
+
+
 def answers(logits: Logits, manifest: Manifest, top_k: int) -> list[Answer]:
     """One answer for each row of logits [N, K]."""
-    temperature, ood = manifest.calibration.temperature, manifest.ood
-    chances = probabilities(logits, temperature)  # [N, K]
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]  # [N, top_k]
-    familiar = familiarity(logits, ood.score, temperature) >= ood.threshold  # [N]
-    return [
-        Answer(
-            scores=tuple(Ranked(manifest.classes[index], int(index), float(row[index])) for index in order),
-            in_distribution=bool(known),
-        )
-        for row, order, known in zip(chances, best, familiar, strict=True)
-    ]
+    ranking = rank(logits, manifest)
+    return [ranking.answer(row, top_k) for row in range(len(logits))]

@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from fastapi.testclient import TestClient
-from httpx2 import Response
+from httpx2 import Request, Response
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from service.api.bodies import _parts
+from service.api.schemas import Predictions
 from service.app import create_app
 from service.settings import Settings
 from tests.tiny import GREYS, POISON, Fragile, Slow, encode, grey, make_bundle
@@ -64,6 +69,19 @@ def client(settings: Settings) -> Iterator[TestClient]:
 
 
 # --- the three forms --------------------------------------------------------------------------------------------------
+
+
+def test_replies_are_what_the_documentation_says(client: TestClient) -> None:
+    reply = client.post("/predict?top_k=2", files=files(grey(1), b"no picture", grey(3)))
+    assert Predictions.model_validate(reply.json()).model_dump(mode="json") == reply.json()
+    parameters = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["parameters"]
+    assert [(one["in"], one["name"], one["required"]) for one in parameters] == [
+        ("query", "model", False),
+        ("query", "version", False),
+        ("query", "top_k", False),
+        ("header", "x-deadline-ms", False),
+    ]
+    assert all(one["description"] and one["schema"] for one in parameters)
 
 
 def test_multipart_with_many_files_answers_each_in_order(client: TestClient) -> None:
@@ -341,14 +359,20 @@ PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 @pytest.mark.parametrize(
     ("content_type", "content", "reason"),
     [
-        ("multipart/form-data", PART + b"--b--\r\n", "Missing boundary in multipart."),
-        ("multipart/form-data; boundary=b", b"--nonsense\r\n\r\nabc", "Invalid multipart data."),
+        ("multipart/form-data", PART + b"--b--\r\n", "its content type names no boundary"),
+        ("multipart/form-data; boundary=b", b"--nonsense\r\n\r\nabc", "its closing boundary is missing"),
         ("multipart/form-data; boundary=b", b"", "its closing boundary is missing"),
         ("multipart/form-data; boundary=b", PART, "its closing boundary is missing"),
         ("multipart/form-data; boundary=b", PART + PART[:90], "its closing boundary is missing"),
-        ("multipart/form-data; boundary=b; charset=undefined", PART + b"--b--\r\n", "its charset holds no text"),
+        ("multipart/form-data; boundary=b", b"--b\r\nno header--b--", "its closing boundary is missing"),
+        ("multipart/form-data; boundary=b", PART + b"--b\r\n\r\nx\r\n--b--", "a part of it has no name"),
+        (
+            "multipart/form-data; boundary=b",
+            PART + b"--b\r\nContent-Disposition: form-data; filename=a\r\n\r\nx\r\n--b--",
+            "a part of it has no name",
+        ),
     ],
-    ids=["no boundary", "another boundary", "nothing", "no end", "cut off", "charset without text"],
+    ids=["no boundary", "another boundary", "nothing", "no end", "cut off", "no line", "no header", "no name"],
 )
 def test_multipart_that_is_none(client: TestClient, content_type: str, content: bytes, reason: str) -> None:
     assert problem(client.post("/predict", content=content, headers={"Content-Type": content_type})) == {
@@ -357,6 +381,50 @@ def test_multipart_that_is_none(client: TestClient, content_type: str, content: 
         "detail": f"the multipart body can't be read: {reason}; send each picture as a part named `file`",
         "code": "malformed_body",
     }
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content"),
+    [
+        ('multipart/form-data; boundary="b"', PART + b"--b--"),
+        ("multipart/form-data; charset=undefined; boundary=b", PART + b"--b--\r\n"),
+        ("Multipart/Form-Data; boundary=b", b"To whom it may concern\r\n" + PART + b"--b--\r\nSincerely\r\n" + PART),
+        (
+            "multipart/form-data; boundary=b",
+            PART.replace(b'name="file"; filename="a"', b"filename*=utf-8''a; name=file") + b"--b--",
+        ),
+        (
+            "multipart/form-data; boundary=b",
+            PART.replace(b"Content-Disposition", b"X: y\r\ncontent-disposition") + b"--b--",
+        ),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n' + PART + b"--b--",
+        ),
+    ],
+    ids=["quoted", "charset", "preamble and epilogue", "other order", "other headers", "a text of the same name"],
+)
+def test_multipart_as_others_write_it(client: TestClient, content_type: str, content: bytes) -> None:
+    reply = client.post("/predict", content=content, headers={"Content-Type": content_type})
+    assert [one["label"] for one in reply.json()["predictions"]] == ["grey-1"]
+
+
+def test_more_parts_than_a_form_may_have_are_not_looked_at(client: TestClient) -> None:
+    reply = client.post(
+        "/predict", content=b"--b\r\n" * 100_000, headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
+    assert (reply.status_code, reply.json()["code"]) == (413, "too_many_images")
+
+
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=5), st.text("ab-", min_size=1, max_size=3))
+def test_whatever_the_files_hold_they_come_apart_as_they_were_put_together(contents: list[bytes], letters: str) -> None:
+    files = [("file", ("x.png", content)) for content in contents]
+    boundary = f"{letters}{uuid4().hex}"
+    request = Request(
+        "POST", "http://x", files=files, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    )
+    parts = list(_parts(request.read(), boundary.encode(), 5))
+    assert parts == [(b"file", True, content) for content in contents]
 
 
 def test_an_unknown_model_and_version(client: TestClient) -> None:

@@ -15,7 +15,7 @@ def descendants(kind: type[SafelightError]) -> set[type[SafelightError]]:
 
 def test_every_error_that_a_request_can_meet_has_a_status() -> None:
     raised = descendants(service.errors.ServiceError) | descendants(images.ImageRejected)
-    raised |= {store.NameInvalid, TuningInvalid}
+    raised |= {store.NameInvalid, store.ArtifactsUnwritable, TuningInvalid}
     abstract = {service.errors.ServiceError, images.ImageRejected}
     assert set(problems.PROBLEMS) == raised - abstract
 

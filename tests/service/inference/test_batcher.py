@@ -25,7 +25,6 @@ class Engine:
     sizes: list[int] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
-    nan: int = -1
     rows_short: int = 0
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -36,7 +35,6 @@ class Engine:
             raise RuntimeError("poisoned")
         self.computed.extend(values.tolist())
         rows = np.stack([values, -values], axis=1).astype(np.float32)
-        rows[values == self.nan] = np.nan
         return rows[self.rows_short :]
 
 
@@ -198,14 +196,6 @@ def test_only_the_guilty_picture_of_a_failing_batch_fails() -> None:
         assert await asyncio.gather(*mixed) == [[1, 2], [3, -1], [4], [5, 6]]
 
     assert run(test, held=True).engine.sizes == [1, 7, 3, 4, 2, 1, 1, 2]
-
-
-def test_a_row_that_is_not_finite_fails_alone() -> None:
-    async def test(bench: Bench) -> None:
-        bench.engine.nan = 2
-        assert await bench.ask(1, 2, 3) == [1, -1, 3]
-
-    run(test)
 
 
 def test_an_engine_that_answers_with_too_few_rows_fails_its_pictures_and_the_next_ones_are_answered() -> None:

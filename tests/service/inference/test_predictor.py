@@ -1,15 +1,19 @@
 import asyncio
+import io
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import REGISTRY
 
 from service.errors import DeadlineExceeded, InferenceFailed
-from service.inference.predictor import Predictor
+from service.inference.predictor import MOST_AT_ONCE, Predictor, ranked
 from service.inference.registry import Limits, Registry
 from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle
 from training.bundle.images import NotAnImage, decode
@@ -61,6 +65,38 @@ def test_decoding_stops_when_nobody_waits_for_it(artifacts: Path, why: str) -> N
         answered = await predictor.predict([grey(3)], 1, in_seconds(60))
         assert answered.outcomes[0].best.label == "grey-3"  # type: ignore[union-attr]
         assert time.perf_counter() - begun < 20 * one  # of 100 in each thread
+
+    run(artifacts, test)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_fail_their_picture_alone(artifacts: Path, value: float) -> None:
+    async def test(predictor: Predictor) -> None:
+        def broken(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            logits = predictor.engine.run(images).copy()
+            logits[1, 3] = value
+            return logits
+
+        images = np.stack([decode(grey(level), SPEC) for level in (1, 2, 3)])
+        first, failed, last = ranked(replace(predictor.engine, run=broken))(images)
+        assert str(failed) == "the model answered this picture with NaN or infinity"
+        assert isinstance(failed, InferenceFailed)
+        labels = [row[0].answer(row[1], 1).best.label for row in (first, last)]  # type: ignore[index, union-attr]
+        assert labels == ["grey-1", "grey-3"]
+
+    run(artifacts, test)
+
+
+@pytest.mark.parametrize("count", [1, MOST_AT_ONCE, MOST_AT_ONCE + 1, 100])
+def test_pictures_decoded_at_once_and_in_threads_get_the_same_answers(artifacts: Path, count: int) -> None:
+    """Those of the input's own size may be decoded on the event loop, larger ones never are."""
+    larger = encode(Image.open(io.BytesIO(grey(5))).resize((40, 40)))
+
+    async def test(predictor: Predictor) -> None:
+        for pictures in ([grey(5)] * count, [larger] * count, [grey(5), larger] * count):
+            answered = await predictor.predict(pictures, 1, in_seconds(60))
+            assert {outcome.best.label for outcome in answered.outcomes} == {"grey-5"}  # type: ignore[union-attr]
+            assert len(answered.outcomes) == len(pictures)
 
     run(artifacts, test)
 

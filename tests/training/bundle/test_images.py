@@ -22,6 +22,7 @@ from training.bundle.images import (
     ImageTooLarge,
     NotAnImage,
     decode,
+    is_quick,
 )
 from training.bundle.manifest import Fit, InputSpec
 
@@ -397,3 +398,20 @@ def test_any_valid_picture_decodes(height: int, width: int, mode: str, spec: Inp
     file = io.BytesIO()
     picture.save(file, "TIFF")
     assert decode(file.getvalue(), spec).shape == spec.shape
+
+
+@pytest.mark.parametrize(
+    ("data", "quick"),
+    [
+        (encode(quadrants(32)), True),
+        (encode(quadrants(32).convert("P")), True),
+        (encode(quadrants(33)), False),
+        (encode(quadrants(32), "JPEG"), False),
+        (encode(quadrants(32)) + bytes(20_000), False),
+        (encode(quadrants(32))[:23], False),
+        (b"", False),
+    ],
+    ids=["its own size", "with a palette", "another size", "another format", "long", "cut off", "nothing"],
+)
+def test_only_a_small_png_of_the_input_s_own_size_is_quick(data: bytes, quick: bool) -> None:
+    assert is_quick(data, colour(32, 32)) is quick
