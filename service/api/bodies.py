@@ -16,8 +16,9 @@ from service.inference.predictor import Picture
 THREAD_FROM = 100_000  # bytes of JSON; less is read faster than a thread is found for it
 
 MOST_FIELDS = 100  # of a form, beside its files
-NAME = re.compile(rb'content-disposition:[^\r\n]*?;[ \t]*name=(?:"([^"\r\n]*)"|([^;\s]*))', re.I)
-FILENAME = re.compile(rb"content-disposition:[^\r\n]*;[ \t]*filename\*?=", re.I)
+# Each begins with a line and ends with it: a head, however long, is looked at once and not from each of its words.
+NAME = re.compile(rb'\r\ncontent-disposition:[^\r\n]*?;[ \t]*name=(?:"([^"\r\n]*)"|([^;\s]*))', re.I)
+FILENAME = re.compile(rb"\r\ncontent-disposition:[^\r\n]*;[ \t]*filename\*?=", re.I)
 
 FORMS = "multipart/form-data with `file` parts, a raw image (image/* or application/octet-stream), or application/json"
 
@@ -59,7 +60,7 @@ async def _from_multipart(request: Request, max_images: int) -> list[Picture]:
             raise _too_many(max_images)
         pictures.append(content)
     if not pictures:
-        found = ", ".join(sorted(ascii(name.decode(errors="replace")) for name in others)) or "none"
+        found = ", ".join(sorted(ascii(name[:40].decode(errors="replace")) for name in others)[:10]) or "none"
         raise NoImages(f"no part named `file` holds a file (parts found: {found}); with curl: -F file=@picture.png")
     return pictures
 
@@ -71,10 +72,9 @@ def _parts(body: bytes, boundary: bytes, max_images: int) -> Iterator[tuple[byte
     One `split`, for a body that is in memory anyway; the incremental parsers of libraries take ten times as long.
     """
     delimiter = b"--" + boundary
-    if not body.startswith(delimiter):
-        body = body[body.find(b"\r\n" + delimiter) + 2 :]  # what stands before the first part counts for nothing
     most = max_images + MOST_FIELDS
-    parts = body[len(delimiter) :].split(b"\r\n" + delimiter, most)
+    start = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter) + 2  # what is before counts for nothing
+    parts = body[start + len(delimiter) :].split(b"\r\n" + delimiter, most)
     if len(parts) > most:
         raise _too_many(max_images)
     end = next((place for place, part in enumerate(parts) if part.startswith(b"--")), None)
