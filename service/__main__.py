@@ -63,8 +63,6 @@ def _check_device(wanted: str) -> None:
 
 
 def _serve(settings: Settings) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn hands the signal on to these, once it is done
-        signal.signal(number, lambda *_: sys.exit(0))
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
@@ -77,6 +75,8 @@ def _serve(settings: Settings) -> int:
     )
     with _listen(settings.host, settings.port) as listener:
         _check_device(settings.device)
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn hands the signal on to these, once it is done
+            signal.signal(number, lambda *_: sys.exit(0))
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{listener.getsockname()[1]}"
         if settings.workers == 1:
