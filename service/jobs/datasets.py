@@ -207,16 +207,6 @@ class DatasetStore:
             if folder is not None:
                 await _to_its_end(partial(shutil.rmtree, ignore_errors=True), folder)
 
-    async def receive(
-        self, chunks: AsyncIterator[bytes], *, model: str | None = None, filename: str = ""
-    ) -> DatasetRecord:
-        """Receive one archive and check it; see `check`."""
-        async with self.uploading() as upload:
-            await upload.begin_archive(filename)
-            async for chunk in chunks:
-                await upload.write(chunk)
-            return await self.check(upload, model=model)
-
     async def check(self, upload: Upload, *, model: str | None = None, name: str | None = None) -> DatasetRecord:
         """Check what was received against `model`, as `model@version`, and keep it.
 

@@ -28,6 +28,7 @@ from service.errors import (
 )
 from service.jobs import datasets
 from service.jobs.datasets import DATA, REPORT, DatasetStore, Limits, _failure
+from tests.service.jobs.uploading import receive
 from tests.tiny import pictures, zipped
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def children_of(store: DatasetStore) -> list[int]:
 
 def test_what_is_received_is_checked_and_kept(store: DatasetStore) -> None:
     async def main() -> None:
-        record = await store.receive(chunks(PETS), model="greys@1", filename="pets")
+        record = await receive(store, chunks(PETS), model="greys@1", filename="pets")
         assert (record.is_new, record.id, record.report.name, record.report.images) == (
             True,
             record.report.id,
@@ -101,8 +102,8 @@ def test_what_is_received_is_checked_and_kept(store: DatasetStore) -> None:
 
 def test_the_same_pictures_are_one_data_set_with_the_newest_report(store: DatasetStore) -> None:
     async def main() -> None:
-        first = await store.receive(chunks(PETS), filename="first")
-        again = await store.receive(chunks(PETS), filename="again", model="greys@1")
+        first = await receive(store, chunks(PETS), filename="first")
+        again = await receive(store, chunks(PETS), filename="again", model="greys@1")
         assert (first.is_new, again.is_new, first.id, first.created_at) == (True, False, again.id, again.created_at)
         assert (await store.get(first.id)).report == again.report
         assert [record.report.name for record in await store.list()] == ["again"]
@@ -112,7 +113,7 @@ def test_the_same_pictures_are_one_data_set_with_the_newest_report(store: Datase
 
 def test_two_uploads_of_the_same_at_once_are_one(store: DatasetStore) -> None:
     async def main() -> None:
-        records = await asyncio.gather(*(store.receive(chunks(PETS), filename="pets") for _ in range(3)))
+        records = await asyncio.gather(*(receive(store, chunks(PETS), filename="pets") for _ in range(3)))
         assert sorted(record.is_new for record in records) == [False, False, True]
         assert {record.id for record in records} == {(await store.list())[0].id}
         assert left(store) == []
@@ -122,7 +123,7 @@ def test_two_uploads_of_the_same_at_once_are_one(store: DatasetStore) -> None:
 
 def test_an_upload_while_the_same_is_being_deleted_ends_well(store: DatasetStore) -> None:
     async def main() -> None:
-        record = await store.receive(chunks(PETS))
+        record = await receive(store, chunks(PETS))
         kept = store.folder / record.id
 
         async def delete_all_the_time() -> int:
@@ -135,11 +136,11 @@ def test_an_upload_while_the_same_is_being_deleted_ends_well(store: DatasetStore
 
         deleting = asyncio.create_task(delete_all_the_time())
         for _ in range(2):
-            assert (await store.receive(chunks(PETS))).id == record.id
+            assert (await receive(store, chunks(PETS))).id == record.id
         deleting.cancel()
         with suppress(asyncio.CancelledError):
             await deleting
-        last = await store.receive(chunks(PETS))
+        last = await receive(store, chunks(PETS))
         assert sorted(os.listdir(kept)) == [DATA, REPORT]
         assert (await store.get(last.id)).report == last.report
         assert left(store) == []
@@ -151,7 +152,7 @@ def test_where_it_was_deleted_in_the_middle_it_takes_its_place(store: DatasetSto
     """The moment between finding the place taken and renewing the report, held still."""
 
     async def main() -> None:
-        record = await store.receive(chunks(PETS))
+        record = await receive(store, chunks(PETS))
         async with store.uploading() as upload:
             await upload.begin_archive()
             await upload.write(PETS)
@@ -182,7 +183,7 @@ def test_a_data_set_that_a_job_uses_is_not_deleted(new_store: Callable[..., Data
     store = new_store(in_use=used.__contains__)
 
     async def main() -> None:
-        record = await store.receive(chunks(PETS))
+        record = await receive(store, chunks(PETS))
         used.add(record.id)
         with pytest.raises(
             DatasetInUse, match=f"^data set {record.id} is used by a job; wait for it, or cancel it first$"
@@ -212,7 +213,7 @@ def refused(store: DatasetStore, content: bytes) -> Exception:
 
     async def main() -> Exception:
         with pytest.raises(Exception) as found:  # noqa: PT011
-            await store.receive(chunks(content))
+            await receive(store, chunks(content))
         return found.value
 
     error = run(store, main)
@@ -240,7 +241,7 @@ def test_a_check_that_takes_too_long_is_stopped(new_store: Callable[..., Dataset
 
 def test_a_check_that_is_killed_is_our_failure_and_not_the_data_s(store: DatasetStore) -> None:
     async def main() -> None:
-        upload = asyncio.create_task(store.receive(chunks(MANY)))
+        upload = asyncio.create_task(receive(store, chunks(MANY)))
         while not (children := children_of(store)):
             await asyncio.sleep(0.01)
         os.kill(children[0], signal.SIGKILL)
@@ -255,7 +256,7 @@ def test_a_check_that_is_killed_is_our_failure_and_not_the_data_s(store: Dataset
 
 def test_whoever_leaves_takes_the_check_along(store: DatasetStore) -> None:
     async def main() -> None:
-        upload = asyncio.create_task(store.receive(chunks(MANY)))
+        upload = asyncio.create_task(receive(store, chunks(MANY)))
         while not children_of(store):
             await asyncio.sleep(0.01)
         upload.cancel()
@@ -274,12 +275,13 @@ def test_a_killed_service_leaves_no_check_and_the_next_clears_up(
 import asyncio
 from pathlib import Path
 from service.jobs.datasets import DatasetStore, Limits
+from tests.service.jobs.uploading import receive
 async def chunks():
     yield Path({str(tmp_path / "many.zip")!r}).read_bytes()
 async def main():
     store = DatasetStore(Path({str(tmp_path / "state" / "datasets")!r}), Path("artifacts"), {LIMITS!r}, lambda _: False)
     async with store.open():
-        await store.receive(chunks())
+        await receive(store, chunks())
 asyncio.run(main())
 """
     store = new_store()
@@ -314,14 +316,14 @@ def test_beyond_the_limit_uploads_are_sent_away(new_store: Callable[..., Dataset
     async def main() -> None:
         async with store.uploading():
             with pytest.raises(QueueFull) as found:
-                await store.receive(chunks(PETS))
+                await receive(store, chunks(PETS))
         assert (str(found.value), found.value.facts, found.value.retry_after) == (
             "as many data sets as may be, 1 (SAFELIGHT_DATASET_UPLOADS), are being received or checked; try again in a "
             "while",
             {"limit": 1},
             10.0,
         )
-        assert (await store.receive(chunks(PETS))).is_new
+        assert (await receive(store, chunks(PETS))).is_new
 
     run(store, main)
 
@@ -344,7 +346,7 @@ def test_a_full_disk_is_said_so_and_nothing_is_left(
 def test_a_folder_that_cannot_be_written_is_said_so(read_only: Callable[[Path], Path], store: DatasetStore) -> None:
     read_only(store.folder.parent)
     with pytest.raises(StateUnwritable, match="^the state folder can't be written: Read-only file system; see to "):
-        run(store, lambda: store.receive(chunks(PETS)))
+        run(store, lambda: receive(store, chunks(PETS)))
 
 
 def test_a_file_in_the_folder_s_place_matters_once_it_is_used(store: DatasetStore) -> None:
@@ -354,7 +356,7 @@ def test_a_file_in_the_folder_s_place_matters_once_it_is_used(store: DatasetStor
     async def main() -> None:
         assert await store.list() == []
         with pytest.raises(StateUnwritable, match="^the state folder can't be written: File exists; see to "):
-            await store.receive(chunks(PETS))
+            await receive(store, chunks(PETS))
 
     run(store, main)
 
