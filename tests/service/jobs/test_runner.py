@@ -219,8 +219,8 @@ async def test_jobs_are_spread_over_the_devices(shop: Workshop) -> None:
         first = [shop.told_device(job) for job in jobs[:2]]
         shop.jobs.cancel(jobs[0].id)
         await shop.seen(jobs[2], lambda found: found.status == "running")
-        assert first == ["cuda:0", "cuda:1"]
-        assert shop.told_device(jobs[2]) == "cuda:0"
+        assert sorted(first) == ["cuda:0", "cuda:1"]  # two that begin at once may do so in either order
+        assert shop.told_device(jobs[2]) == first[0]
 
 
 @in_loop
