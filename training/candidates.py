@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training import events, probe
+from training import checkpoint, events, probe
+from training.checkpoint import CheckpointError
 from training.datasets import Split, holdout
 from training.devices import training_precision
 from training.evaluate import infer
@@ -25,6 +26,8 @@ from training.networks import ConvNet
 from training.probe import Head, Place
 from training.task import Task
 from training.tune import Material, Settings, averaged, tune
+
+HEAD = "head.pt"  # in the run's folder
 
 DEEP_FROM = 20  # pictures of each class; fewer can't say where training goes wrong
 FEW_STEPS, MANY_STEPS, MOST_STEPS = 200, 500, 2000
@@ -60,8 +63,37 @@ def learn(task: Task, folder: Path, tell: Emit, late: Callable[[], bool]) -> Can
     if len(split) - (0 if test is None else int(test.sum())) < CROSS_VALIDATED_BELOW * (1 - TEST_SHARE):
         return cross_validated(task, test, tell)
     divided = parts(split, test, task.plan.seed)
-    head = fitted_head(task, divided, tell)
-    return deeper(task, head, divided, folder, tell, late) if may_go_deeper(task, divided) else head
+    if not may_go_deeper(task, divided):
+        return fitted_head(task, divided, tell)
+    head = kept(folder / HEAD, task) or keep(folder / HEAD, task, fitted_head(task, divided, tell))
+    return deeper(task, head, divided, folder, tell, late)
+
+
+def keep(path: Path, task: Task, candidate: Candidate) -> Candidate:
+    """Write a candidate down, so that a run that goes on needn't fit it again. Raises CheckpointError."""
+    content = {field.name: getattr(candidate, field.name) for field in fields(candidate)}
+    content |= {"network": candidate.network.state_dict(), "place": astuple(candidate.place)}
+    checkpoint.write(path, {"identity": identity_of(task), "candidate": content})
+    return candidate
+
+
+def kept(path: Path, task: Task) -> Candidate | None:
+    """The candidate that was written down; None where there is none for this very task, or the file is damaged."""
+    try:
+        with checkpoint.reading(path) as saved:
+            if saved["identity"] != identity_of(task):
+                return None
+            content = saved["candidate"]
+            network = ConvNet(**content["arguments"])
+            network.load_state_dict(content["network"])
+            return Candidate(**content | {"network": network.eval(), "place": Place(*content["place"])})
+    except CheckpointError:
+        return None
+
+
+def identity_of(task: Task) -> dict[str, Any]:
+    """What a run is of: its plan and its pictures."""
+    return {"plan": task.plan.model_dump(mode="json"), "data": task.pictures.sha256}
 
 
 @dataclass(frozen=True)
@@ -269,7 +301,6 @@ def deeper(
         flip=task.flip,
         fitted_head=not task.same_classes,
     )
-    identity = {"plan": task.plan.model_dump(mode="json"), "data": task.pictures.sha256}
     tell(started(task, settings.steps))
     tuned, history = tune(
         start,
@@ -278,7 +309,7 @@ def deeper(
         folder,
         seed=task.plan.seed,
         device=task.device,
-        identity=identity,
+        identity=identity_of(task),
         emit=tell,
         late=late,
     )

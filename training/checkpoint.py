@@ -7,6 +7,8 @@ the last good state.
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,18 @@ def save(path: Path, state: State, network: nn.Module, optimizers: list[torch.op
     """Write one file, whole or not at all. Raises CheckpointError, also rather than save weights that aren't finite."""
     if not all_finite(network):
         raise CheckpointError("the weights are not finite; they are not saved")
-    content = {
-        "state": vars(state),
-        "network": network.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
+    write(
+        path,
+        {
+            "state": vars(state),
+            "network": network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        },
+    )
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Tensors, numbers, strings and collections of them as one file, whole or not at all. Raises CheckpointError."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -64,7 +73,8 @@ def save(path: Path, state: State, network: nn.Module, optimizers: list[torch.op
 
 def load(path: Path, identity: dict[str, Any], network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> State:
     """Restore everything that `save` wrote. Raises CheckpointError, also where the run is another one."""
-    state, content = _read(path)
+    with reading(path) as content:
+        state = State(**content["state"])
     for key, value in identity.items():
         if state.identity.get(key) != value:
             raise CheckpointError(
@@ -79,17 +89,22 @@ def load(path: Path, identity: dict[str, Any], network: nn.Module, optimizers: l
 
 def read_progress(path: Path) -> tuple[int, int]:
     """Steps done and steps in all. Raises CheckpointError."""
-    state, _ = _read(path)
-    return state.step, state.identity["steps"]
+    with reading(path) as content:
+        state = State(**content["state"])
+        return state.step, state.identity["steps"]
 
 
-def _read(path: Path) -> tuple[State, dict[str, Any]]:
+@contextmanager
+def reading(path: Path) -> Iterator[dict[str, Any]]:
+    """What `write` wrote; no code from the file is run.
+
+    Raises CheckpointError where the file is missing or damaged, also if that shows only when its content is used.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load doesn't look at the checksums that torch.save wrote
             if name := archive.testzip():
                 raise zipfile.BadZipFile(f"{name} has a wrong checksum")
-        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        return State(**content["state"]), content
+        yield torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except Exception as error:  # there is no end to what reading damaged bytes can raise

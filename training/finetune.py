@@ -4,7 +4,8 @@ Read downward: `execute` is the whole run, in order. Heads first, on cached feat
 there are pictures enough; then calibration; then the gate, on pictures that nothing was fitted to; then a version like
 any other, which may answer only if the gate and the policy say so.
 
-A run is a folder. Only the long part, `tune`, keeps checkpoints: all the rest is quick, and comes out the same again.
+A run is a folder. Only the long part, `tune`, keeps checkpoints, and the head that it begins with. The rest is quick
+and comes out the same again.
 """
 
 import errno

@@ -139,8 +139,11 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(
         assert child_of(state, job) is None
         step = told(state, job, "interrupted")[0]["step"]
 
+        asked = time.monotonic()
         assert safelight.resume(job).status == "queued"
+        until(lambda: safelight.job(job).status == "validating", 2)
         until(lambda: told(state, job, "progress")[-1]["step"] > step)
+        assert time.monotonic() - asked < 15  # most of it goes into importing torch
         assert step + 1 in [event["step"] for event in told(state, job, "progress")]
 
         asked = time.monotonic()

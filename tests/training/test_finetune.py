@@ -263,6 +263,26 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_never_was(tmp_
         assert result[key] == whole[key]
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_heads_are_fitted_once_and_again_only_where_they_are_lost(
+    tmp_path: Path, tiny: Path, damage: Callable[[Path], object]
+) -> None:
+    def fits() -> int:
+        return sum(isinstance(event, events.Phase) and event.phase == "heads" for event in events_of(tmp_path / "run"))
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 120)), stop_at(7))
+    once = fits()
+    for step in (9, 11):
+        with pytest.raises(Interrupted):
+            finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), stop_at(step))
+        assert fits() == once
+    damage(tmp_path / "run" / "head.pt")
+    with pytest.raises(Interrupted):
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), stop_at(13))
+    assert fits() == 2 * once > 0
+
+
 class Killed(BaseException):
     """As if the process had died here."""
 
