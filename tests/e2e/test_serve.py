@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -424,16 +425,18 @@ def test_loading_and_dropping_a_version_200_times_leaves_memory_where_it_was(art
     with serving(artifacts, tmp_path, default_model="greys", loaded_versions="1") as server:
         with httpx.Client(base_url=server.url) as client:
 
-            def load_and_drop(times: int) -> None:
-                """One of the two fits beside the active version: each request loads it and drops the other."""
+            def load_and_drop(times: int) -> list[float]:
+                """The memory after each: one of the two fits beside the active version; a request drops the other."""
+                memory = []
                 for turn in range(times):
                     reply = client.post(f"/predict?version={2 + turn % 2}", content=grey(1), headers=PNG)
                     assert reply.json()["predictions"][0]["label"] == "grey-1"
+                    memory.append(resident_megabytes(server.process.pid))
+                return memory
 
             load_and_drop(20)
-            before = resident_megabytes(server.process.pid)
-            load_and_drop(200)
-            assert resident_megabytes(server.process.pid) - before <= 20
+            memory = load_and_drop(200)  # one reading may be 13 MB off, by when the last threads hand theirs back
+            assert statistics.median(memory[-20:]) - statistics.median(memory[:20]) <= 10
         loads = [line for line in lines(server.log) if line["event"] == "loaded"]
         assert len(loads) >= 220
 
