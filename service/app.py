@@ -20,7 +20,7 @@ from service.jobs.datasets import DatasetStore
 from service.jobs.datasets import Limits as DatasetLimits
 from service.jobs.runner import Keeping, Machine, Runner
 from service.jobs.store import JobStore, open_store
-from service.lifecycle import Lifecycle, drain_on_sigterm
+from service.lifecycle import Lifecycle, drain_on_sigterm, seldom_collected
 from service.settings import Settings
 from training import SafelightError, __version__
 from training.devices import choose_device, each_of
@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=resources(settings),
         redoc_url=None,
     )
-    app.include_router(predictions.router, tags=["predict"])
+    app.router.routes.extend(predictions.router.routes)  # included, they would go through FastAPI's layers after all
     app.include_router(models.router, tags=["models"])
     app.include_router(datasets.router, tags=["datasets"])
     app.include_router(training.router, tags=["train"])
@@ -78,7 +78,7 @@ def resources(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextMan
                 async with dataset_store(settings, jobs).open() as datasets:
                     runner = new_runner(settings, jobs, datasets, registry)
                     async with runner.working():
-                        with drain_on_sigterm(lifecycle, settings.drain_seconds):
+                        with seldom_collected(), drain_on_sigterm(lifecycle, settings.drain_seconds):
                             yield State(
                                 settings=settings,
                                 registry=registry,

@@ -6,6 +6,7 @@ verified and warmed, before it may answer; it leaves only after its last request
 """
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -19,6 +20,7 @@ from typing import Literal, Self, TypeVar
 import torch
 
 from service.errors import (
+    DeadlineExceeded,
     ModelNotFound,
     NothingActive,
     NotReady,
@@ -120,13 +122,20 @@ class Registry:
 
     # --- asking ---
 
-    async def predictor(self, entry: Entry) -> Predictor:
-        """The predictor of a version, loaded if it isn't. Raises VersionRefused, VersionNotFound, NotReady.
+    async def predictor(self, entry: Entry, deadline: float | None = None) -> Predictor:
+        """The predictor of a version, loaded if it isn't, by a deadline in the event loop's time.
 
-        A load goes on where its caller stops waiting: the next one finds it further, or done.
+        Raises VersionRefused, VersionNotFound, NotReady, DeadlineExceeded. A load goes on where its caller stops
+        waiting: the next one finds it further, or done.
         """
         entry.used = time.monotonic()
-        predictor = entry.predictor or await asyncio.shield(self._start(self._load_on_demand(entry.ref)))
+        if entry.predictor:
+            return entry.predictor
+        try:
+            async with asyncio.timeout_at(deadline):
+                predictor = await asyncio.shield(self._start(self._load_on_demand(entry.ref)))
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed in the load stage", stage="load") from None
         if predictor is None:
             raise _not_loaded(self.found(entry.ref.model, entry.ref.version))
         return predictor
@@ -345,7 +354,7 @@ class Registry:
     def _unload(self, entry: Entry) -> None:
         """Let go of an engine once its last request is answered; nobody waits for that."""
         if entry.predictor is not None:
-            self._start(entry.predictor.close())
+            self._start(_let_go(entry.predictor))
             entry.predictor, entry.state = None, "ready"
 
     def _evict(self) -> None:
@@ -374,6 +383,12 @@ class Registry:
         await asyncio.gather(*self._tasks)
         for executor in (self._engines, self._decoders, self._loader):
             executor.shutdown(cancel_futures=True)
+
+
+async def _let_go(predictor: Predictor) -> None:
+    await predictor.close()
+    del predictor
+    gc.collect()  # of a module's parts, which hold each other; by itself the collector comes seldom
 
 
 def _find(artifacts: Path) -> tuple[dict[BundleRef, Signature], dict[str, str]]:

@@ -64,9 +64,9 @@ class Ranking:
     familiar: NDArray[np.bool_]  # [N]
 
     def answer(self, row: int, top_k: int) -> Answer:
-        chances = self.chances[row]
-        best = self.order[row, :top_k].tolist()
-        scores = tuple(Ranked(self.classes[index], index, float(chances[index])) for index in best)
+        best = self.order[row, :top_k]
+        chances = self.chances[row, best].tolist()
+        scores = tuple(map(Ranked, [self.classes[index] for index in best], best.tolist(), chances))
         return Answer(scores, bool(self.familiar[row]))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.tiny import encode
 from training.bundle.images import (
     FORMATS,
+    PNG_END,
     ImageCorrupt,
     ImageRejected,
     ImageTooLarge,
@@ -415,3 +416,40 @@ def test_any_valid_picture_decodes(height: int, width: int, mode: str, spec: Inp
 )
 def test_only_a_small_png_of_the_input_s_own_size_is_quick(data: bytes, quick: bool) -> None:
     assert is_quick(data, colour(32, 32)) is quick
+
+
+def with_pixels_of(png: bytes, block: bytes) -> bytes:
+    """A PNG of one block, with other bytes in it that its checksum is right for."""
+    length, content = struct.pack(">I", len(block)), b"IDAT" + block
+    return png[:33] + length + content + struct.pack(">I", zlib.crc32(content)) + PNG_END
+
+
+@given(
+    mode=st.sampled_from(["L", "RGB"]),
+    side=st.sampled_from([8, 9]),
+    seed=st.integers(0, 9),
+    level=st.integers(0, 9),
+    changes=st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=2)), max_size=2),
+    sealed=st.booleans(),
+    spec=st.sampled_from([grey(8, 8), colour(8, 8)]),
+)
+@settings(max_examples=500)
+def test_a_plain_png_is_read_as_pillow_reads_it(
+    mode: str, side: int, seed: int, level: int, changes: list[tuple[int, bytes]], sealed: bool, spec: InputSpec
+) -> None:
+    """Whatever is damaged in it: what the short way takes, Pillow's own must take, for the same pixels."""
+    file = io.BytesIO()
+    Image.fromarray(noise(side, side, 3, seed=seed)).convert(mode).save(file, "PNG", compress_level=level)
+    png = file.getvalue()
+    block = png[41:-16]
+    for place, content in changes:
+        block = block[:place] + content + block[place + 1 :]
+    png = with_pixels_of(png, block) if sealed else png[:41] + block + png[-16:]
+    try:
+        image = Image.open(io.BytesIO(png)).convert("L" if spec.channels == 1 else "RGB")
+    except Exception:
+        with pytest.raises(ImageRejected):
+            decode(png, spec)
+        return
+    pixels = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.array_equal(decode(png, spec), np.moveaxis(np.atleast_3d(pixels), 2, 0))
