@@ -115,7 +115,7 @@ def beside(folder: Path, url: str) -> Iterator[str]:
     client, address = Client(url, timeout=60), f"{url}/predict?model=cifar10"
     wrk(address, singles, 16, 2)
     found: dict[str, list[dict[str, float]]] = {"idle": [], "beside a job": []}
-    for turn in range(3):
+    for turn in range(5):
         found["idle"].append(wrk(address, singles, 16, LOAD_SECONDS))
         job = client.train(SAMPLE, model="cifar10", name=f"things-{turn}", recipe={"epochs": 100}, seed=turn)
         while (seen := client.job(job.id)).progress is None or not seen.progress.step:
