@@ -117,6 +117,7 @@ def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, regis
         memory_bytes=settings.job_memory_bytes,
         job_seconds=settings.job_seconds,
         grace_seconds=GRACE_SECONDS,
+        hold_seconds=settings.hold_seconds,
     )
     return Runner(
         jobs,

@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     )
     queued_jobs: int = Field(100, ge=1, description="Jobs that may wait; beyond that, 429.")
     job_seconds: float = Field(21_600.0, gt=0, description="A job that takes longer fails; pauses don't count.")
+    hold_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="A paused job's process waits so long in memory, to go on at once, or until another job needs its "
+        "place; 0: it ends at once.",
+    )
     job_memory_bytes: int = Field(0, ge=0, description="Memory that a job may take; 0: as much as there is.")
     keep_checkpoints: float = Field(
         7.0, ge=0, description="Days that a failed job's checkpoint is kept; that of any other goes when it is over."

@@ -133,6 +133,7 @@ def finetune(
     stop_at_eof: Annotated[
         bool, typer.Option("--stop-at-eof", help="Stop when standard input ends, as when a parent process dies.")
     ] = False,
+    holdable: Annotated[bool, typer.Option("--holdable", help="Wait in place from SIGTSTP to SIGCONT.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a published model better, or a new one from it, with pictures of your own.
@@ -180,7 +181,7 @@ def finetune(
         )
         folder = run or Path("runs") / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
         finetuning.create(folder, plan)
-    options = finetuning.Options(artifacts, data, device, deadline_seconds)
+    options = finetuning.Options(artifacts, data, device, deadline_seconds, holdable)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if stop_at_eof:
         guests.stop_at_eof()

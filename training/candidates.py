@@ -3,7 +3,6 @@
 `learn` is the order. Everything is chosen on pictures that it wasn't fitted to, and nothing by the test part.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from training.checkpoint import CheckpointError
 from training.datasets import Split, holdout
 from training.devices import training_precision
 from training.evaluate import infer
+from training.hold import working_time
 from training.holdouts import CROSS_VALIDATED_BELOW, FOLDS, TEST_SHARE, TRUSTED_TEST, Parts, folds, parts
 from training.loop import Emit
 from training.networks import ConvNet
@@ -143,12 +143,12 @@ class Heads:
         toward = head_of(self.task.network) if self.task.same_classes else None
         head = probe.fit_head(inputs, labels, classes, penalty=choice.penalty, weights=weights, toward=toward)
         self.fitted += 1
-        self.clock = self.clock or time.perf_counter()
+        self.clock = self.clock or working_time()
         self.tell_progress()
         return head
 
     def tell_progress(self) -> None:
-        pace = (time.perf_counter() - self.clock) / (self.fitted - 1) if self.fitted > 1 else None
+        pace = (working_time() - self.clock) / (self.fitted - 1) if self.fitted > 1 else None
         left = None if pace is None else pace * (self.fits - self.fitted)
         self.tell(events.Phase(phase="heads", step=self.fitted, steps=self.fits, seconds_left=left))
 

@@ -82,6 +82,16 @@ class Interrupted(_Event):
     step: int
 
 
+class Held(_Event):
+    """The run waits where it is, until it is told to go on."""
+
+    event: Literal["held"] = "held"
+
+
+class Released(_Event):
+    event: Literal["released"] = "released"
+
+
 class Published(_Event):
     event: Literal["published"] = "published"
     model: str
@@ -103,7 +113,19 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Validated | Started | Notice | Progress | Phase | Epoch | Checkpointed | Interrupted | Published | Decided | Failed,
+    Validated
+    | Started
+    | Notice
+    | Progress
+    | Phase
+    | Epoch
+    | Checkpointed
+    | Interrupted
+    | Held
+    | Released
+    | Published
+    | Decided
+    | Failed,
     Field(discriminator="event"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -10,7 +10,7 @@ and comes out the same again.
 
 import errno
 import shutil
-import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from training.datasets import Split, holdout
 from training.devices import choose_device, keep_freed_memory, training_precision
 from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
+from training.hold import holdable, working_time
 from training.layout import BUILT_IN, DatasetError
 from training.loop import Emit, Interrupted, arithmetic_of
 from training.memory import remember
@@ -65,6 +66,7 @@ class Options:
     data: Path | None = None
     device: str | None = None
     deadline_seconds: float | None = None
+    holdable: bool = False
 
 
 def create(folder: Path, plan: Plan) -> None:
@@ -89,7 +91,7 @@ def open_plan(folder: Path) -> Plan:
 
 def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
     """Fine-tune to the end, or go on to it; returns what came of it. Raises what the parts raise."""
-    begun = time.perf_counter()
+    begun = working_time()
     plan = open_plan(folder)
     log = events.EventLog(folder / EVENTS)
 
@@ -98,19 +100,20 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
         emit(event)
 
     def late() -> bool:
-        return options.deadline_seconds is not None and time.perf_counter() - begun > options.deadline_seconds
+        return options.deadline_seconds is not None and working_time() - begun > options.deadline_seconds
 
     try:
         keep_freed_memory()
         torch.set_num_threads(processors())
-        task = prepare(plan, folder, options, tell)
-        candidate = learn(task, folder, tell, late)
-        tell(events.Phase(phase="judging", step=0, steps=2))
-        measured, verdict = judge(task, candidate, options)
+        with holdable(tell) if options.holdable else nullcontext():
+            task = prepare(plan, folder, options, tell)
+            candidate = learn(task, folder, tell, late)
+            tell(events.Phase(phase="judging", step=0, steps=2))
+            measured, verdict = judge(task, candidate, options)
         tell(events.Phase(phase="judging", step=1, steps=2))
-        ref = publish(task, candidate, measured, verdict, time.perf_counter() - begun, options)
+        ref = publish(task, candidate, measured, verdict, working_time() - begun, options)
         tell(events.Published(model=ref.model, version=ref.version, accuracy=measured.metrics.accuracy))
-        result = decide(task, ref, measured, verdict, options) | {"seconds": round(time.perf_counter() - begun, 1)}
+        result = decide(task, ref, measured, verdict, options) | {"seconds": round(working_time() - begun, 1)}
         tell(events.Decided(result=result))
         shutil.rmtree(folder / DATA, ignore_errors=True)
         return result
@@ -332,10 +335,10 @@ def costs(candidate: ConvNet, rival: Rival | None, task: Task) -> tuple[gate.Cos
     with torch.inference_mode():
         for turn in range(TIMED_ROUNDS + 5):
             for network, milliseconds in zip(networks, rounds, strict=True):
-                begun = time.perf_counter()
+                begun = working_time()
                 network(picture)
                 if turn >= 5:  # the first are slower
-                    milliseconds.append((time.perf_counter() - begun) * 1000)
+                    milliseconds.append((working_time() - begun) * 1000)
     found = [
         gate.Cost(milliseconds, 4 * parameters(network)) for network, milliseconds in zip(networks, rounds, strict=True)
     ]

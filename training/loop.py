@@ -7,7 +7,6 @@ weights of one that never stopped.
 import hashlib
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from training.checkpoint import State
 from training.datasets import Dataset, Split, holdout
 from training.devices import device_name, training_precision
 from training.evaluate import accuracy, infer
+from training.hold import working_time
 from training.networks import ConvNet, build
 from training.optimizers import build_optimizers, set_learning_rate
 from training.recipes import Recipe
@@ -243,14 +243,14 @@ class Clock:
     def __init__(self, batch: int, steps: int, state: State) -> None:
         self._batch, self._steps, self._step, self._first = batch, steps, state.step, state.step
         self._before = state.seconds
-        self._start = self._last = time.perf_counter()
+        self._start = self._last = working_time()
 
     def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._start
+        return self._before + working_time() - self._start
 
     def progress(self, epoch: float, loss: float, accuracy: float) -> events.Progress:
         """Count a step; what is given is passed on."""
-        now, self._step = time.perf_counter(), self._step + 1
+        now, self._step = working_time(), self._step + 1
         rate, self._last = self._batch / (now - self._last), now
         pace = (now - self._start) / (self._step - self._first)
         return events.Progress(

@@ -180,7 +180,7 @@ async def pause(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob:
 
 @router.post("/fine_tuning/jobs/{job_id}/resume")
 async def resume(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob:
-    """Let a paused job go on from its checkpoint."""
+    """Let a paused job go on."""
     job = await asyncio.to_thread(jobs.resume, _own_id(job_id))
     runner.wake()
     return FineTuningJob.of(job)

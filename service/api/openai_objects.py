@@ -269,10 +269,17 @@ def _figures(told: events.Event) -> dict[str, Any]:
     return {}
 
 
+SENTENCES = {
+    events.Validated: "The pictures are checked",
+    events.Held: "Paused",
+    events.Released: "Going on",
+}
+
+
 def _message(told: events.Event) -> str:
     match told:
-        case events.Validated():
-            return "The pictures are checked"
+        case events.Validated() | events.Held() | events.Released():
+            return SENTENCES[type(told)]
         case events.Started():
             return f"Training on {told.device}: {told.steps} steps, from step {told.step}"
         case events.Progress():

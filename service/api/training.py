@@ -167,7 +167,7 @@ async def cancel(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Job:
 
 @router.post("/{job_id}/pause", responses=_ASKED)
 async def pause(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Job:
-    """Hold a job; one that runs writes a checkpoint at its next step, and makes room for others."""
+    """Hold a job; one that runs waits where it is, and makes room for others."""
     job = await asyncio.to_thread(jobs.pause, job_id)
     runner.wake()
     return job
@@ -175,7 +175,7 @@ async def pause(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Job:
 
 @router.post("/{job_id}/resume", responses=_ASKED)
 async def resume(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Job:
-    """Put a paused job back into the queue; it goes on from its checkpoint."""
+    """Put a paused job back into the queue; it goes on from where it was."""
     job = await asyncio.to_thread(jobs.resume, job_id)
     runner.wake()
     return job

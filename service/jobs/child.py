@@ -56,6 +56,13 @@ class Child:
         """Ask it to end at its next step."""
         self._signal(signal.SIGTERM)
 
+    def hold(self) -> None:
+        """Ask it to wait where it is."""
+        self._signal(signal.SIGTSTP)
+
+    def release(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
 

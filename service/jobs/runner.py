@@ -51,6 +51,7 @@ class Machine:
     memory_bytes: int  # 0: as much as there is
     job_seconds: float
     grace_seconds: float  # from SIGTERM to SIGKILL
+    hold_seconds: float  # that a paused job's process waits for the word to go on; 0: it ends at once
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Runner:
 
     async def _look(self) -> None:
         try:
-            for due in await asyncio.to_thread(self._jobs.due):
+            for due in await asyncio.to_thread(self._jobs.due, list(self._sittings)):
                 self._attend_to(due)
             await self._clear_away()
             self._stands_still = False
@@ -156,15 +157,25 @@ class Runner:
             logger.exception("looking for jobs failed")
 
     def _attend_to(self, due: Due) -> None:
-        if due.id in self._tasks:
-            if due.wanted and due.id in self._sittings:
-                self._sittings[due.id].stop()
+        if sitting := self._sittings.get(due.id):
+            sitting.attend(due)
+        elif due.id in self._tasks:
+            pass  # its process is about to start, or has just ended
         elif due.status in AT_WORK:  # for a process that is no more, or of a service that is no more
             self._start(due.id, self._recover(due.id))
         elif due.wanted:  # asked for just before its process was lost
             self._start(due.id, self._fulfil(due.id, due.wanted))
         elif len(self._tasks) < self._slots:
             self._start(due.id, self._do(due.id))
+        else:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """End the process of a paused job, one at a time; it goes on from its checkpoint."""
+        held = [sitting for sitting in self._sittings.values() if sitting.held_at is not None]
+        idle = [sitting for sitting in held if sitting.is_idle]
+        if idle and len(idle) == len(held):
+            idle[0].stop()
 
     def _start(self, job_id: str, work: Coroutine[None, None, None]) -> None:
         async def guarded() -> None:
@@ -197,7 +208,14 @@ class Runner:
         except ServiceError as error:
             await self._settle(job, failure(events.code_of(error), str(error)))
             return
-        sitting = Sitting(self._jobs, job, folder, allowed_seconds=left, grace_seconds=self._machine.grace_seconds)
+        sitting = Sitting(
+            self._jobs,
+            job,
+            folder,
+            allowed_seconds=left,
+            grace_seconds=self._machine.grace_seconds,
+            hold_seconds=self._machine.hold_seconds,
+        )
         self._sittings[job_id], self._placed[job_id] = sitting, device
         if self._stopping:
             sitting.stop()
@@ -205,6 +223,8 @@ class Runner:
             folder.mkdir(exist_ok=True)
             await end_leftover(folder, self._machine.grace_seconds)
             code = await sitting.run(command)
+            if sitting.held_at is not None:
+                return  # its job is paused, or waits for another process, or is over
             asked = await asyncio.to_thread(self._jobs.get, job_id)  # what was asked for meanwhile
             ending = sitting.ending(asked, code)
         except OSError as error:
@@ -231,7 +251,7 @@ class Runner:
         words += ["--artifacts", str(machine.artifacts), "--device", device]
         words += ["--data", str(machine.data)] if machine.data else []
         words += ["--memory-bytes", str(machine.memory_bytes)] if machine.memory_bytes else []
-        words += ["--deadline-seconds", f"{max(0.0, seconds):.1f}", "--guest", "--stop-at-eof"]
+        words += ["--deadline-seconds", f"{max(0.0, seconds):.1f}", "--guest", "--stop-at-eof", "--holdable"]
         return [*machine.command, "finetune", *words]
 
     def _dataset(self, job: Job) -> list[str]:
@@ -279,6 +299,8 @@ class Runner:
         now = datetime.now(UTC)
         old = now - timedelta(days=self._keeping.checkpoints)
         for job_id in await asyncio.to_thread(self._jobs.to_clear, old):
+            if job_id in self._tasks:
+                continue  # its process is on its way out
             try:
                 await asyncio.to_thread(_clear, self.folder(job_id))
             except OSError as error:  # what is left goes with the job

@@ -13,7 +13,7 @@ from service.errors import DatabaseUnavailable
 from service.jobs import history
 from service.jobs.child import LOG, Child, out_of_memory_kills
 from service.jobs.job import Error, Job, Progress, Status
-from service.jobs.store import JobStore
+from service.jobs.store import Due, JobMoved, JobStore
 from service.telemetry import logger
 from training import events
 from training.events import Event
@@ -29,6 +29,8 @@ SMALLER = "start it again with fewer pictures or epochs"
 OUT_OF_MEMORY = "the memory didn't suffice"
 MORE_MEMORY = f"give it more (SAFELIGHT_JOB_MEMORY_BYTES), or {SMALLER}"
 
+NOT_YET_TRAINING = events.Notice | events.Held | events.Released | events.Failed | events.Interrupted
+
 Ending = tuple[Status, dict[str, Any]]  # the job's next state, and what changes with it
 
 
@@ -36,7 +38,9 @@ Ending = tuple[Status, dict[str, Any]]  # the job's next state, and what changes
 class Seen:
     """What a run's events have told so far."""
 
+    begun: bool = False  # it listens to signals
     training: bool = False  # its data is checked
+    held: bool = False
     checkpoint: int = -1  # the step of the last one
     progress: Progress | None = None
     end: events.Decided | events.Failed | None = None
@@ -48,21 +52,40 @@ class Seen:
                     self.progress = _progress(event)
                 case events.Checkpointed():
                     self.checkpoint = event.step
+                case events.Held():
+                    self.held = True
                 case events.Decided() | events.Failed():
                     self.end = event
-            self.training |= not isinstance(event, events.Notice | events.Failed | events.Interrupted)
+            self.begun = True
+            self.training |= not isinstance(event, NOT_YET_TRAINING)
 
 
 class Sitting:
-    def __init__(self, jobs: JobStore, job: Job, folder: Path, *, allowed_seconds: float, grace_seconds: float) -> None:
-        """The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later."""
+    def __init__(
+        self,
+        jobs: JobStore,
+        job: Job,
+        folder: Path,
+        *,
+        allowed_seconds: float,
+        grace_seconds: float,
+        hold_seconds: float,
+    ) -> None:
+        """The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
+
+        Paused, it is held for `hold_seconds`, then it ends.
+        """
         self.job = job
         self.seen = Seen(checkpoint=read_all(folder).checkpoint)  # of the sittings before
-        self.asked_at: float | None = None  # to stop
+        self.asked_at: float | None = None  # to stop or to wait
+        self.held_at: float | None = None  # the job is paused, and the process waits
         self.overdue = False
         self._jobs = jobs
         self._folder = folder
         self._grace_seconds = grace_seconds
+        self._hold_seconds = hold_seconds
+        self._stopping = False
+        self._awaited = False  # the job is to go on
         self._seconds_before = job.seconds
         self._begun = self._noted = time.monotonic()
         self._deadline = self._begun + allowed_seconds + grace_seconds
@@ -72,33 +95,62 @@ class Sitting:
         self._tail.read()
 
     @property
+    def is_idle(self) -> bool:
+        """Whether its process waits, and nobody has asked it to go on or to end."""
+        return self.held_at is not None and not (self._awaited or self._stopping)
+
+    @property
     def seconds(self) -> float:
         """That processes have worked at the job, this one included."""
-        return self._seconds_before + time.monotonic() - self._begun
+        return self._seconds_before + (self.held_at or time.monotonic()) - self._begun
+
+    def attend(self, due: Due) -> None:
+        """Do what is asked of the job now."""
+        if self.held_at is not None:
+            self._awaited = due.status == "queued"
+            if due.status == "cancelled":
+                self.stop()
+        elif due.wanted == "pause" and self.seen.begun and self._hold_seconds:
+            self.hold()
+        elif due.wanted:
+            self.stop()
 
     def stop(self) -> None:
         """Ask the process to end; what it has done so far is kept."""
-        if self.asked_at is None:
+        if not self._stopping:
+            self._stopping = True
             self.asked_at = time.monotonic()
             if self._child:
                 self._child.terminate()
 
+    def hold(self) -> None:
+        """Ask the process to wait where it is."""
+        if self.asked_at is None and self._child:
+            self.asked_at = time.monotonic()
+            self._child.hold()
+
     async def run(self, command: Sequence[str]) -> int:
         """Start the process and follow it to its end: its exit code. Raises OSError where it can't be started."""
         child = self._child = await Child.start(command, self._folder)
-        if self.asked_at is not None:
+        if self._stopping:
             child.terminate()
         try:
             while (code := await child.exited(POLL_SECONDS)) is None:
-                await self._follow()
+                if self.held_at is None:
+                    await self._follow()
+                elif self._awaited and not self._stopping:
+                    await self._go_on(child, self.held_at)
                 self._enforce(child, time.monotonic())
         finally:
             child.kill()
-        await self._follow()
+        if self.held_at is None:
+            await self._follow()
         return code
 
     def _enforce(self, child: Child, now: float) -> None:
-        self.overdue = self.overdue or now > self._deadline
+        if self.held_at is not None and now > self.held_at + self._hold_seconds:
+            self.stop()
+        self.overdue = self.overdue or (self.held_at is None and now > self._deadline)
         if self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
             child.kill()
 
@@ -109,11 +161,37 @@ class Sitting:
         try:
             if self.seen.training and self.job.status == "validating":
                 self.job = await asyncio.to_thread(self._jobs.move, self.job, "running")
-            if self.seen.progress and time.monotonic() > self._noted + NOTE_SECONDS:
+            if self.seen.held and not self._stopping:
+                await self._note_held()
+            elif self.seen.progress and time.monotonic() > self._noted + NOTE_SECONDS:
                 self._noted = time.monotonic()
                 self.job = await asyncio.to_thread(self._jobs.note, self.job, **self._notes())
         except DatabaseUnavailable as error:  # the process goes on; the database hears of it later
             logger.warning("progress not noted", extra={"job": self.job.id, "reason": str(error)})
+
+    async def _note_held(self) -> None:
+        """The process waits; its job is paused from now on, unless something else is wanted meanwhile."""
+        if (await asyncio.to_thread(self._jobs.get, self.job.id)).wanted != "pause":
+            self.stop()
+            return
+        held_at = time.monotonic()
+        self.job = await asyncio.to_thread(self._jobs.move, self.job, "paused", **self._notes())
+        self.held_at, self.asked_at = held_at, None
+
+    async def _go_on(self, child: Child, held_at: float) -> None:
+        """The pause is over, and its time doesn't count."""
+        self._awaited = False
+        try:
+            job = await asyncio.to_thread(self._jobs.get, self.job.id)
+            if job.status != "queued":
+                return
+            self.job = await asyncio.to_thread(self._jobs.move, job, "validating")
+        except (DatabaseUnavailable, JobMoved):  # the next look at the jobs brings it here again
+            return
+        pause = time.monotonic() - held_at
+        self._begun, self._deadline = self._begun + pause, self._deadline + pause
+        self.held_at, self.seen.held = None, False
+        child.release()
 
     def _notes(self) -> dict[str, Any]:
         progress = {"progress": self.seen.progress.model_dump()} if self.seen.progress else {}

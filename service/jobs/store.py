@@ -159,10 +159,11 @@ class JobStore:
 
     # --- what the runner does ---
 
-    def due(self) -> list[Due]:
-        """This home's jobs that wait or are at work, oldest first."""
+    def due(self, with_process: Sequence[str] = ()) -> list[Due]:
+        """This home's jobs that wait or are at work, oldest first; and those that a process is kept for."""
         query = select(_jobs.id, _jobs.status, _jobs.wanted).order_by(_jobs.id)
-        query = query.where(_jobs.home == self.home, _jobs.status.in_(["queued", *AT_WORK]))
+        due = or_(_jobs.status.in_(["queued", *AT_WORK]), _jobs.id.in_(with_process))
+        query = query.where(_jobs.home == self.home, due)
         with self._transaction() as connection:
             return [Due(*row) for row in connection.execute(query)]
 

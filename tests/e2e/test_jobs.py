@@ -136,14 +136,14 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(
         assert safelight.pause(job).wanted == "pause"
         until(lambda: safelight.job(job).status == "paused", 5)
         assert time.monotonic() - asked < 4
-        assert child_of(state, job) is None
-        step = told(state, job, "interrupted")[0]["step"]
+        step = told(state, job, "progress")[-1]["step"]
+        assert len(told(state, job, "held")) == 1
 
         asked = time.monotonic()
         assert safelight.resume(job).status == "queued"
         until(lambda: safelight.job(job).status in ("validating", "running"), 2)
         until(lambda: told(state, job, "progress")[-1]["step"] > step)
-        assert time.monotonic() - asked < 15  # most of it goes into importing torch
+        assert time.monotonic() - asked < 4
         assert step + 1 in [event["step"] for event in told(state, job, "progress")]
 
         asked = time.monotonic()

@@ -26,6 +26,8 @@ EVENTS = [
     ),
     events.Checkpointed(step=10, path="runs/ä/checkpoint.pt"),
     events.Interrupted(step=10),
+    events.Held(),
+    events.Released(),
     events.Published(model="squares", version="1", accuracy=0.9),
     events.Decided(result={"model": "squares", "promoted": True, "summary": "fixed 41 of 310, broke 6; promoted"}),
     events.Failed(code="diverged", message="the loss\nis not finite"),

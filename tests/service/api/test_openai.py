@@ -316,6 +316,8 @@ LINES = [
     AT | {"event": "notice", "message": "one picture was left out"},
     AT | {"event": "checkpointed", "step": 6, "path": "/somewhere"},
     AT | {"event": "interrupted", "step": 6},
+    AT | {"event": "held"},
+    AT | {"event": "released"},
     AT | {"event": "phase", "phase": "judging", "step": 1, "steps": 2},
     AT | {"event": "published", "model": "shades", "version": "3", "accuracy": 0.9},
     AT | {"event": "decided", "result": {"summary": "fixed 9 of 50, broke 1; p = 0.011; promoted"}},
@@ -342,9 +344,11 @@ def test_events_are_sentences_and_figures_newest_first(sdk: OpenAI, told: Job) -
 
     figures = {"step": 6, "train_loss": 0.1, "train_accuracy": 0.95, "valid_loss": 0.2, "valid_accuracy": 0.9}
     assert found == [
-        event(12, "fixed 9 of 50, broke 1; p = 0.011; promoted"),
-        event(11, "Version 3 of shades is there"),
-        event(10, "Judging: 1/2"),
+        event(14, "fixed 9 of 50, broke 1; p = 0.011; promoted"),
+        event(13, "Version 3 of shades is there"),
+        event(12, "Judging: 1/2"),
+        event(11, "Going on"),
+        event(10, "Paused"),
         event(9, "Stopped at step 6", "warn"),
         event(8, "Checkpoint at step 6"),
         event(7, "one picture was left out", "warn"),

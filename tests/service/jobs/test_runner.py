@@ -43,6 +43,7 @@ class Workshop:
             memory_bytes=0,
             job_seconds=60.0,
             grace_seconds=2.0,
+            hold_seconds=30.0,
         )
 
     def runner(self, *, slots: int = 1, keeping: Keeping = WEEK_AND_QUARTER, **machine: Any) -> Runner:
@@ -194,7 +195,7 @@ async def test_the_command_is_the_one_that_a_person_types(shop: Workshop) -> Non
     assert (folder / "log.txt").read_text().split()[2:] == (
         f"finetune greys@1 --name shades --run {folder} --seed 7 --promote if_better --dataset cifar10 --limit 2000 "
         f"--set steps=1 --set pause=0 --artifacts {artifacts} --device cpu --data /data --memory-bytes 4000000000 "
-        "--deadline-seconds 100.0 --guest --stop-at-eof"
+        "--deadline-seconds 100.0 --guest --stop-at-eof --holdable"
     ).split()
 
 
@@ -252,13 +253,98 @@ async def test_a_paused_job_goes_on_to_the_weights_that_it_would_have_had(shop: 
         held = await shop.until(paused, "paused")
         assert time.monotonic() - asked < 2
         assert (held.wanted, held.finished_at, held.result) == (None, None, None)
-        assert not any(map(alive, shop.pids(paused)))
+        lines = shop.events(paused).splitlines()
+        await asyncio.sleep(0.5)
+        assert shop.events(paused).splitlines() == lines
+        assert json.loads(lines[-1])["event"] == "held"
+        resumed = time.monotonic()
         shop.jobs.resume(paused.id)
         runner.wake()
+        await shop.until(paused, "running")
+        assert time.monotonic() - resumed < 1
         await shop.until(paused, "succeeded")
     assert shop.weights() == expected
-    assert len(shop.pids(paused)) == 2
-    assert "--resume" in (shop.folder(paused) / "log.txt").read_text()
+    assert len(shop.pids(paused)) == 1
+
+
+@in_loop
+async def test_a_job_may_be_paused_again_and_again_and_its_pauses_do_not_count(shop: Workshop) -> None:
+    job = shop.queue(steps=60)
+    begun = time.monotonic()
+    async with shop.runner(job_seconds=3.0).working() as runner:
+        for step in (3, 6, 9):
+            await shop.at_step(job, step)
+            shop.jobs.pause(job.id)
+            runner.wake()
+            await shop.until(job, "paused")
+            await asyncio.sleep(1)
+            shop.jobs.resume(job.id)
+            runner.wake()
+        done = await shop.until(job, "succeeded")
+    assert len(shop.pids(job)) == 1
+    assert 60 * 0.02 < done.seconds < time.monotonic() - begun - 3
+
+
+@pytest.mark.parametrize("ending", ["after its time", "another job", "at once", "killed"])
+def test_a_paused_job_whose_process_has_ended_goes_on_from_its_checkpoint(shop: Workshop, ending: str) -> None:
+    async def main() -> None:
+        plain, paused = shop.queue(steps=40), shop.queue(steps=40)
+        seconds = {"after its time": 0.3, "at once": 0.0}.get(ending, 30.0)
+        async with shop.runner(hold_seconds=seconds).working() as runner:
+            await shop.until(plain, "succeeded")
+            expected = shop.weights()
+            await shop.at_step(paused, 3)
+            shop.jobs.pause(paused.id)
+            runner.wake()
+            await shop.until(paused, "paused")
+            (pid,) = shop.pids(paused)
+            assert alive(pid) == (ending != "at once")
+            other = shop.queue(steps=10) if ending == "another job" else None
+            if ending == "killed":
+                os.kill(pid, signal.SIGKILL)
+            await shop.seen(paused, lambda _: not alive(pid), seconds=4)
+            if other:
+                await shop.until(other, "succeeded")
+            assert shop.jobs.get(paused.id).status == "paused"
+            shop.jobs.resume(paused.id)
+            runner.wake()
+            await shop.until(paused, "succeeded")
+        assert shop.weights() == expected
+        assert len(shop.pids(paused)) == 2
+        assert "--resume" in (shop.folder(paused) / "log.txt").read_text()
+
+    asyncio.run(main())
+
+
+@in_loop
+async def test_a_paused_job_may_be_cancelled(shop: Workshop) -> None:
+    job = shop.queue(steps=10_000)
+    async with shop.runner().working() as runner:
+        await shop.at_step(job, 3)
+        shop.jobs.pause(job.id)
+        runner.wake()
+        await shop.until(job, "paused")
+        assert shop.jobs.cancel(job.id).status == "cancelled"
+        runner.wake()
+        left = {"run.json", "events.jsonl", "log.txt"}
+        await shop.seen(job, lambda _: set(os.listdir(shop.folder(job))) == left, seconds=3)
+        assert not any(map(alive, shop.pids(job)))
+
+
+@in_loop
+async def test_no_held_process_outlives_its_service(shop: Workshop) -> None:
+    job = shop.queue(steps=40)
+    async with shop.runner().working() as runner:
+        await shop.at_step(job, 3)
+        shop.jobs.pause(job.id)
+        runner.wake()
+        await shop.until(job, "paused")
+    assert not any(map(alive, shop.pids(job)))
+    assert shop.jobs.get(job.id).status == "paused"
+    async with shop.runner().working():
+        shop.jobs.resume(job.id)
+        await shop.until(job, "succeeded")
+    assert len(shop.pids(job)) == 2
 
 
 @in_loop
@@ -407,7 +493,7 @@ async def test_a_job_that_takes_too_long_and_does_not_stop_is_ended(shop: Worksh
 @in_loop
 async def test_time_counts_over_all_the_sittings_of_a_job(shop: Workshop) -> None:
     job = shop.queue(steps=10_000)
-    async with shop.runner(job_seconds=100.0).working() as runner:
+    async with shop.runner(job_seconds=100.0, hold_seconds=0.0).working() as runner:
         await shop.until(job, "running")
         await asyncio.sleep(0.5)
         shop.jobs.pause(job.id)

@@ -33,8 +33,9 @@ def main() -> int:
         events.write(json.dumps(line).encode() + b"\n")
 
     asked = listen(settings, options.stop_at_eof)
+    held = holdable(tell, asked) if options.holdable and not settings["deaf"] else []
     say(f"pid {os.getpid()} {' '.join(sys.argv[1:])}")
-    return train(folder, settings, tell, asked, options)
+    return train(folder, settings, tell, asked, held, options)
 
 
 def parse() -> argparse.Namespace:
@@ -49,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--guest", action="store_true")
     parser.add_argument("--stop-at-eof", action="store_true")
+    parser.add_argument("--holdable", action="store_true")
     return parser.parse_args()
 
 
@@ -75,7 +77,27 @@ def listen(settings: dict, stop_at_eof: bool) -> threading.Event:
     return asked
 
 
-def train(folder: Path, settings: dict, tell, asked: threading.Event, options: argparse.Namespace) -> int:
+def holdable(tell, asked: threading.Event) -> list[float]:
+    """Wait from SIGTSTP to SIGCONT; the seconds of each wait."""
+    held = []
+
+    def hold(*_: object) -> None:
+        begun = time.monotonic()
+        released = threading.Event()
+        signal.signal(signal.SIGCONT, lambda *_: released.set())
+        tell("held")
+        while not (released.is_set() or asked.is_set()):
+            time.sleep(0.01)
+        held.append(time.monotonic() - begun)
+        tell("released")
+
+    signal.signal(signal.SIGTSTP, hold)
+    return held
+
+
+def train(
+    folder: Path, settings: dict, tell, asked: threading.Event, held: list[float], options: argparse.Namespace
+) -> int:
     state = {"step": 0, "weights": str(settings["seed"])}
     if (folder / "checkpoint.pt").exists():
         state = json.loads((folder / "checkpoint.pt").read_text())
@@ -89,7 +111,7 @@ def train(folder: Path, settings: dict, tell, asked: threading.Event, options: a
         if asked.is_set():
             tell("interrupted", step=step)
             return 130
-        if time.monotonic() - begun > options.deadline_seconds and not settings["deaf"]:
+        if time.monotonic() - begun - sum(held) > options.deadline_seconds and not settings["deaf"]:
             return fail(tell, "deadline_passed", "it took too long")
         if step == settings["die_at"]:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,98 @@
+"""A process that is held and let go: tried on processes of their own."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+# Counts aloud, and says at the end how long that took it.
+PROGRAM = """
+import time
+from training.hold import holdable, working_time
+
+def tell(event):
+    print(event.event, flush=True)
+
+with holdable(tell):
+    begun, step = working_time(), 0
+    while step < 40:
+        time.sleep(0.02)
+        step += 1
+        print(step, flush=True)
+    print(f"{working_time() - begun:.3f}", flush=True)
+"""
+
+
+@contextmanager
+def counting() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert line(process) == "1"
+        yield process
+        process.kill()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def said_to_the_end(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout is not None
+    return process.stdout.read().split()
+
+
+def hold(process: subprocess.Popen[str]) -> int:
+    """Hold it; the last number that it counted to."""
+    process.send_signal(signal.SIGTSTP)
+    last = 1
+    while (said := line(process)) != "held":
+        last = int(said)
+    return last
+
+
+def test_a_held_run_waits_where_it_is_and_goes_on_when_told_to() -> None:
+    with counting() as process:
+        first = hold(process)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGCONT)
+        assert line(process) == "released"
+        second = hold(process)
+        process.send_signal(signal.SIGCONT)
+        assert line(process) == "released"
+        rest = said_to_the_end(process)
+    assert first < second < 40
+    assert [int(number) for number in rest[:-1]] == list(range(second + 1, 41))
+
+
+def test_the_time_that_it_is_held_does_not_count() -> None:
+    with counting() as process:
+        begun = time.monotonic()
+        hold(process)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        worked = float(said_to_the_end(process)[-1])
+        lived = time.monotonic() - begun
+    assert worked < lived - 1.9
+    assert worked > 39 * 0.02  # the sleep that was interrupted is over when it is let go
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -15), (signal.SIGKILL, -9)])
+def test_a_held_run_can_be_ended(number: signal.Signals, code: int) -> None:
+    with counting() as process:
+        hold(process)
+        process.send_signal(number)
+        assert process.wait(5) == code
+
+
+def test_a_held_run_that_ends_by_a_signal_says_that_it_was_released() -> None:
+    with counting() as process:
+        hold(process)
+        process.send_signal(signal.SIGINT)
+        assert said_to_the_end(process) == ["released"]
+    assert process.returncode == -signal.SIGINT
