@@ -77,6 +77,6 @@ COMPILE := $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-ver
 
 lock: .venv/dev
 	$(COMPILE) --output-file .venv/full.lock
-	$(COMPILE) --extra dev --constraint .venv/full.lock --output-file .venv/dev-full.lock
+	$(COMPILE) --extra dev --constraint .venv/full.lock --override requirements/overrides.txt --output-file .venv/dev-full.lock
 	@awk '/^[^ ]/ { cuda = /^(torch|torchvision|triton|nvidia-|cuda-)/ } { print > (cuda ? "requirements/torch.lock" : "requirements/runtime.lock") }' .venv/full.lock
 	@awk 'FNR == NR { if (/^[^ ]/) known[$$1] = 1; next } /^[^ ]/ { skip = $$1 in known } !skip' .venv/full.lock .venv/dev-full.lock > requirements/dev.lock

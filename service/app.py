@@ -13,7 +13,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from service import telemetry
-from service.api import datasets, health, models, openai, predictions, problems, training
+from service.api import datasets, health, inference_protocol, kserve, models, openai, predictions, problems, training
 from service.api.middleware import BodyLimit, Cap, Observe
 from service.inference.registry import Limits, Registry
 from service.jobs.datasets import DatasetStore
@@ -49,11 +49,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=resources(settings),
         redoc_url=None,
     )
-    app.router.routes.extend(predictions.router.routes)  # included, they would go through FastAPI's layers after all
+    for busiest in (predictions.router, inference_protocol.infer_router):
+        app.router.routes.extend(busiest.routes)  # included, they would go through FastAPI's layers after all
     app.include_router(models.router, tags=["models"])
     app.include_router(datasets.router, tags=["datasets"])
     app.include_router(training.router, tags=["train"])
     app.include_router(openai.router, tags=["openai"])
+    app.include_router(inference_protocol.router, tags=["v2"])
+    app.include_router(kserve.router, tags=["v1"])
     app.include_router(health.router, tags=["health"])
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
 

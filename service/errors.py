@@ -4,6 +4,7 @@
   + ModelNotFound          no such model
   + VersionNotFound        no such version of a model that exists
   + VersionRefused         the version is there, but failed its verification
+  + ModelUnloaded          the model was unloaded, and doesn't answer until it is loaded
   + NothingActive          a model whose versions answer only when asked for by number
   + VersionActive          an active version can't be deleted
   + TopKOutOfRange         more classes asked for than the model has
@@ -12,6 +13,8 @@
   + BodyTooLarge           more bytes in one request than the limit
   + UnsupportedBody        a content type that isn't read
   + MalformedBody          a body that isn't what its content type says
+  + TensorInvalid          a tensor that this model doesn't take, or an output that it doesn't give
+  + NotImplementedHere     a part of a protocol that isn't spoken here
   + InvalidBase64          a picture in JSON that isn't base64
   + QueueFull              no room now; there will be in a moment
   + DeadlineExceeded       the answer would come too late
@@ -54,6 +57,10 @@ class VersionRefused(ServiceError):
     pass
 
 
+class ModelUnloaded(ServiceError):
+    pass
+
+
 class NothingActive(ServiceError):
     pass
 
@@ -83,6 +90,14 @@ class UnsupportedBody(ServiceError):
 
 
 class MalformedBody(ServiceError):
+    pass
+
+
+class TensorInvalid(ServiceError):
+    pass
+
+
+class NotImplementedHere(ServiceError):
     pass
 
 

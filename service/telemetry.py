@@ -6,7 +6,7 @@ import sys
 from typing import Any, Literal, TextIO
 
 from prometheus_client import REGISTRY as THIS_PROCESS
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest, multiprocess
 from pydantic_core import to_json
 
 logger = logging.getLogger("safelight")
@@ -32,6 +32,15 @@ STAGE_SECONDS = Histogram(
     ["stage", "model", "version"],
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
+FAILED_SECONDS = Summary(
+    "safelight_failed_seconds", "Time that requests took which failed as a whole.", ["model", "version"]
+)
+LAST_BATCH = Gauge(
+    "safelight_last_batch_timestamp_seconds",
+    "When the engine computed last, in seconds since 1970.",
+    ["model", "version"],
+    multiprocess_mode="max",
+)
 JOBS = Gauge("safelight_jobs", "Fine-tuning jobs by their state.", ["status"], multiprocess_mode="livemostrecent")
 JOB_SECONDS = Histogram(
     "safelight_job_seconds",
@@ -43,11 +52,27 @@ JOB_SECONDS = Histogram(
 
 def exposition() -> bytes:
     """All metrics as text; with several workers, those of all of them."""
+    return generate_latest(_all_workers())
+
+
+def figures(model: str, version: str) -> dict[str, float]:
+    """What was counted of one version: sums and counts by name, as `safelight_stage_seconds_sum:decode`."""
+    wanted = {"model": model, "version": version}
+    found = {}
+    for family in _all_workers().collect():
+        for sample in family.samples:
+            if wanted.items() <= sample.labels.items() and not sample.name.endswith("_bucket"):
+                stage = sample.labels.get("stage")
+                found[f"{sample.name}:{stage}" if stage else sample.name] = sample.value
+    return found
+
+
+def _all_workers() -> CollectorRegistry:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(THIS_PROCESS)
+        return THIS_PROCESS
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry)
+    return registry
 
 
 def configure_logging(level: str, style: Literal["auto", "json", "text"]) -> None:

@@ -99,10 +99,10 @@ def _from_json(body: bytes, max_images: int) -> list[Picture]:
         raise MalformedBody(f'{where}: {first["msg"]}; send {{"images": ["<base64>", …]}}') from error
     if not texts:
         raise NoImages("`images` is empty; name at least one picture")
-    return [_from_base64(text) for text in texts]
+    return [from_base64(text) for text in texts]
 
 
-def _from_base64(text: str) -> Picture:
+def from_base64(text: str) -> bytes | InvalidBase64:
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):

@@ -1,21 +1,20 @@
 """POST /predict: body in, one call, answer out."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
 
 from service import errors
 from service.api import problems
 from service.api.bodies import read_pictures
 from service.api.connection import while_connected
+from service.api.direct import Direct
 from service.api.schemas import Base64Images, Predictions
 from service.inference.predictor import Answered, Picture
 from service.inference.registry import Entry, Registry
@@ -24,21 +23,6 @@ from training import SafelightError
 from training.bundle import images, store
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
-
-
-class Direct(APIRoute):
-    """Documented like any other, but called with its request and nothing in between: FastAPI has nothing to read for
-    it, and would take 57 µs over that, a third of what all the rest takes."""
-
-    def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await endpoint(Request(scope, receive, send))
-            await response(scope, receive, send)
-
-        self.app = app
-
 
 router = APIRouter(route_class=Direct, tags=["predict"])
 
@@ -123,7 +107,7 @@ async def predict(request: Request) -> Response:
     deadline = asyncio.get_running_loop().time() + seconds
     entry = registry.entry(question.model, question.version)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version, "images": len(pictures)}
-    manifest, answered = await while_connected(request, _answer(registry, entry, pictures, question.top_k, deadline))
+    manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
     return _reply(request, manifest, answered)
 
 
@@ -137,9 +121,10 @@ def _question(request: Request) -> Question:
         raise RequestValidationError([item | {"loc": _PLACES[str(item["loc"][0])]} for item in found]) from error
 
 
-async def _answer(
+async def answer(
     registry: Registry, entry: Entry, pictures: Sequence[Picture], top_k: int | None, deadline: float
 ) -> tuple[Manifest, Answered]:
+    """The `top_k` best classes of each picture, or 5 where that is None. Raises what the two calls raise."""
     predictor = await registry.predictor(entry, deadline)
     manifest = predictor.manifest
     best = min(5, len(manifest.classes)) if top_k is None else top_k
@@ -156,14 +141,14 @@ def _reply(request: Request, manifest: Manifest, answered: Answered) -> Response
     content = {
         "model": manifest.model,
         "version": manifest.version,
-        "predictions": [_prediction(outcome, request.state.request_id) for outcome in outcomes],
+        "predictions": [prediction(outcome, request.state.request_id) for outcome in outcomes],
     }
     headers = {"Server-Timing": timing, "X-Weights-SHA256": manifest.weights_sha256}
     return Response(to_json(content), media_type="application/json", headers=headers)
 
 
-def _prediction(outcome: Answer | SafelightError, request_id: str) -> dict[str, Any]:
-    """As `Predictions` has it; not by way of it, for that takes longer than the picture."""
+def prediction(outcome: Answer | SafelightError, request_id: str) -> dict[str, Any]:
+    """One picture's entry, as `Predictions` has it; not by way of it, for that takes longer than the picture."""
     if isinstance(outcome, SafelightError):
         return {"error": problems.of(outcome, request_id)}
     scores = [vars(score) for score in outcome.scores]

@@ -1,6 +1,7 @@
 """Errors to replies: one table gives each a status, a stable code and a title.
 
-One body for all, RFC 9457's; but under /v1, where OpenAI's clients ask, theirs.
+One body for all, RFC 9457's; but under /v1, where OpenAI's clients ask, theirs, and under /v2 the Open Inference
+Protocol's.
 """
 
 import math
@@ -20,6 +21,7 @@ from training.bundle import images, store, tuning
 
 MEDIA_TYPE = "application/problem+json"
 OPENAI = "/v1/"
+INFERENCE_PROTOCOL = "/v2"
 OWN_ID = re.compile(r"\b(job|ds)-(?=[0-9a-f]{16})")
 OPENAI_IDS = {"job": "ftjob-", "ds": "file-"}
 
@@ -36,6 +38,7 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.ModelNotFound: Kind(404, "model_not_found", "No such model"),
     errors.VersionNotFound: Kind(404, "version_not_found", "No such version"),
     errors.VersionRefused: Kind(409, "version_refused", "The version failed its verification"),
+    errors.ModelUnloaded: Kind(404, "model_unloaded", "The model is unloaded"),
     errors.NothingActive: Kind(409, "nothing_active", "No version is active"),
     errors.VersionActive: Kind(409, "version_active", "The version is active"),
     store.ArtifactsUnwritable: Kind(503, "artifacts_unwritable", "The artifacts folder can't be changed"),
@@ -45,6 +48,8 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.BodyTooLarge: Kind(413, "body_too_large", "The request body is too large"),
     errors.UnsupportedBody: Kind(415, "unsupported_media_type", "The content type isn't read here"),
     errors.MalformedBody: Kind(400, "malformed_body", "The body isn't what its content type says"),
+    errors.TensorInvalid: Kind(400, "tensor_invalid", "Not a tensor that the model takes, or gives"),
+    errors.NotImplementedHere: Kind(501, "not_implemented", "This part of the protocol isn't spoken here"),
     errors.InvalidBase64: Kind(400, "invalid_base64", "The picture isn't base64"),
     images.NotAnImage: Kind(400, "not_an_image", "Not an image"),
     images.ImageTooLarge: Kind(413, "image_too_large", "The image has too many pixels"),
@@ -103,6 +108,9 @@ def reply(
     request.state.log["code"] = kind.code
     if request.url.path.startswith(OPENAI):
         return _openai_reply(kind, detail, headers or {}, facts)
+    if request.url.path.startswith(INFERENCE_PROTOCOL):
+        ERRORS.labels(kind.code).inc()
+        return JSONResponse({"error": detail, "code": kind.code}, kind.status, headers)
     return JSONResponse(body(kind, detail, request.state.request_id, **facts), kind.status, headers, MEDIA_TYPE)
 
 

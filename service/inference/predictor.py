@@ -1,4 +1,4 @@
-"""The sentence: admit → decode → submit → rank. One predictor serves one version of one model."""
+"""The sentence: admit → decode → submit → answer. One predictor serves one version of one model."""
 
 import asyncio
 import threading
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from service.errors import DeadlineExceeded, InferenceFailed, TopKOutOfRange
 from service.inference.batcher import Batcher, Run
 from service.inference.engine import Engine
-from service.telemetry import IMAGES, STAGE_SECONDS
+from service.telemetry import FAILED_SECONDS, IMAGES, STAGE_SECONDS
 from training import SafelightError
 from training.bundle.answers import Answer, Ranking, rank
 from training.bundle.images import ImageRejected, Pixels, decode, is_quick
 
-Picture = bytes | SafelightError  # one that already failed keeps its place in the request
+Picture = bytes | Pixels | SafelightError  # pixels are as the network takes them; a failure keeps its place
 Row = tuple[Ranking, int]  # what a batch's logits say, and which of its pictures is meant
 
 MOST_AT_ONCE = 16  # quick pictures that are decoded on the event loop: about a millisecond's work
@@ -30,6 +30,14 @@ class Answered:
     """One outcome for each picture, in the request's order, and how long each stage took, in seconds."""
 
     outcomes: list[Answer | SafelightError]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The same before it is put into words: each picture's row, or its error."""
+
+    outcomes: list[Row | SafelightError]
     seconds: dict[str, float]
 
 
@@ -58,20 +66,39 @@ class Predictor:
         self._max_pixels = max_pixels
         names = self.manifest.model, self.manifest.version
         self._images = IMAGES.labels(*names)
+        self._failed_seconds = FAILED_SECONDS.labels(*names)
         self._stage_seconds = {stage: STAGE_SECONDS.labels(stage, *names) for stage in STAGES}
 
     async def predict(self, pictures: Sequence[Picture], top_k: int, deadline: float) -> Answered:
-        """Answer each picture before `deadline`, in the event loop's time.
-
-        A bad picture's outcome is its error; the others are answered. Raises TopKOutOfRange, QueueFull and
-        DeadlineExceeded for the request as a whole.
-        """
+        """The `top_k` best classes of each picture. Raises TopKOutOfRange, and what `compute` raises."""
         classes = len(self.manifest.classes)
         if not 1 <= top_k <= classes:
             raise TopKOutOfRange(
                 f"top_k is {top_k}; {self.manifest.model} has {classes} classes, so it can be 1 to {classes}",
                 limit=classes,
             )
+        computed = await self.compute(pictures, deadline)
+        outcomes = [
+            item if isinstance(item, SafelightError) else item[0].answer(item[1], top_k) for item in computed.outcomes
+        ]
+        return Answered(outcomes, computed.seconds)
+
+    async def compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
+        """Run the model on each picture before `deadline`, in the event loop's time.
+
+        A bad picture's outcome is its error; the others are answered. Raises QueueFull and DeadlineExceeded for the
+        request as a whole.
+        """
+        begun = time.perf_counter()
+        try:
+            computed = await self._compute(pictures, deadline)
+        except SafelightError:
+            self._failed_seconds.observe(time.perf_counter() - begun)
+            raise
+        self._observe(computed, time.perf_counter() - begun)
+        return computed
+
+    async def _compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
         with self._batcher.admit(len(pictures)):
             begun = time.perf_counter()
             decoded = await self._decode(pictures, deadline)
@@ -83,12 +110,8 @@ class Predictor:
                 rows = submission.outcomes
                 started = submission.started or submission.submitted
                 seconds |= {"queue": started - submission.submitted, "infer": submission.finished - started}
-        seconds["total"] = time.perf_counter() - begun
-        found = iter([row if isinstance(row, InferenceFailed) else row[0].answer(row[1], top_k) for row in rows])
-        outcomes = [item if isinstance(item, SafelightError) else next(found) for item in decoded]
-        self._observe(seconds, outcomes)
-        del seconds["total"]
-        return Answered(outcomes, seconds)
+        found = iter(rows)
+        return Computed([item if isinstance(item, SafelightError) else next(found) for item in decoded], seconds)
 
     async def close(self) -> None:
         """Answer what was admitted, then stop."""
@@ -96,12 +119,10 @@ class Predictor:
 
     async def _decode(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
         """Decode off the event loop, but for what takes less time than to hand it over."""
-        if len(pictures) <= MOST_AT_ONCE and all(self._is_quick(picture) for picture in pictures):
+        encoded = [picture for picture in pictures if isinstance(picture, bytes)]
+        if len(encoded) <= MOST_AT_ONCE and all(is_quick(picture, self.manifest.input) for picture in encoded):
             return [self._decode_one(picture) for picture in pictures]
         return await self._decode_in_threads(pictures, deadline)
-
-    def _is_quick(self, picture: Picture) -> bool:
-        return isinstance(picture, SafelightError) or is_quick(picture, self.manifest.input)
 
     async def _decode_in_threads(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
         """A share of the pictures in each thread, for as long as the request waits."""
@@ -124,14 +145,15 @@ class Predictor:
         return [self._decode_one(picture) for picture in pictures if not unwanted.is_set()]
 
     def _decode_one(self, picture: Picture) -> Pixels | SafelightError:
-        if isinstance(picture, SafelightError):
+        if not isinstance(picture, bytes):
             return picture
         try:
             return decode(picture, self.manifest.input, self._max_pixels)
         except ImageRejected as error:
             return error
 
-    def _observe(self, seconds: dict[str, float], outcomes: list[Answer | SafelightError]) -> None:
-        self._images.inc(sum(isinstance(outcome, Answer) for outcome in outcomes))
-        for stage, value in seconds.items():
+    def _observe(self, computed: Computed, total: float) -> None:
+        self._images.inc(sum(isinstance(outcome, tuple) for outcome in computed.outcomes))
+        for stage, value in computed.seconds.items():
             self._stage_seconds[stage].observe(value)
+        self._stage_seconds["total"].observe(total)

@@ -22,6 +22,7 @@ import torch
 from service.errors import (
     DeadlineExceeded,
     ModelNotFound,
+    ModelUnloaded,
     NothingActive,
     NotReady,
     ServiceError,
@@ -32,7 +33,7 @@ from service.errors import (
 from service.inference import engine
 from service.inference.batcher import Batcher
 from service.inference.predictor import Predictor, ranked
-from service.telemetry import BATCH_SIZE, PENDING, logger
+from service.telemetry import BATCH_SIZE, LAST_BATCH, PENDING, logger
 from training.bundle import store
 from training.bundle.manifest import BundleError, Manifest, ManifestInvalid
 from training.bundle.store import BundleRef
@@ -75,6 +76,7 @@ class Line:
     entries: dict[str, Entry] = field(default_factory=dict)
     active: str | None = None
     held_back: bool = False  # no version answers until one is activated
+    unloaded: bool = False  # no version answers, nor is in memory, until the model is loaded
     ignored: str | None = None  # a pointer that can't be followed, so that it is logged once
 
 
@@ -84,12 +86,14 @@ class _Meter:
     def __init__(self, ref: BundleRef) -> None:
         self._pending = PENDING.labels(ref.model, ref.version)
         self._batch = BATCH_SIZE.labels(ref.model, ref.version)
+        self._last = LAST_BATCH.labels(ref.model, ref.version)
 
     def pending(self, images: int) -> None:
         self._pending.set(images)
 
     def batch(self, size: int) -> None:
         self._batch.observe(size)
+        self._last.set_to_current_time()
 
 
 class Registry:
@@ -160,10 +164,14 @@ class Registry:
     def entry(self, model: str | None, version: str | None) -> Entry:
         """The version that is to answer: of the default model if none is named, and the active one if none is.
 
-        Raises ModelNotFound, VersionNotFound, VersionRefused, NothingActive, NotReady.
+        Raises ModelNotFound, ModelUnloaded, VersionNotFound, VersionRefused, NothingActive, NotReady.
         """
         model = self.default_model if model is None else model
         line = self.line(model)
+        if line.unloaded:
+            raise ModelUnloaded(
+                f"model {model} is unloaded; let it answer again: POST /v2/repository/models/{model}/load"
+            )
         if version is None and line.active is None:
             raise self._nothing_active(model, line)
         entry = self.found(model, (line.active or "") if version is None else version)
@@ -192,9 +200,32 @@ class Registry:
             await self._load(entry)
             if entry.predictor is None:
                 raise _not_loaded(entry)
-            await self._write(entry, partial(store.activate, self.artifacts, entry.ref))
+            await self._write(entry.ref, partial(store.activate, self.artifacts, entry.ref))
             self.lines[model].active, self.lines[model].held_back = version, False
             logger.info("activated", extra={"model": model, "version": version})
+
+    async def unload(self, model: str) -> None:
+        """Let no version of a model answer, here or in other workers, also after a restart; what was admitted is
+        answered. Raises ModelNotFound, ArtifactsUnwritable."""
+        async with self._changing:
+            line = self.line(model)
+            await self._write(model, partial(store.unload, self.artifacts, model))
+            self._rest(line)
+            logger.info("unloaded", extra={"model": model})
+
+    async def load(self, model: str) -> None:
+        """Let a model answer: as it did before it was unloaded, or as its folder says now.
+
+        Raises ModelNotFound, VersionRefused, ArtifactsUnwritable.
+        """
+        await self.follow()
+        line = self.line(model)
+        if line.unloaded:
+            async with self._changing:
+                await self._write(model, partial(store.load, self.artifacts, model))
+                await self._follow(model, line)
+        if line.active is None and not line.held_back:
+            raise self._nothing_active(model, line)
 
     async def delete(self, model: str, version: str) -> None:
         """Remove a version from memory and disk; requests that it has already admitted are answered."""
@@ -203,15 +234,15 @@ class Registry:
             on_disk = await asyncio.to_thread(store.active, self.artifacts, model)
             if version in (line.active, on_disk):  # another worker may just have promoted it
                 raise VersionActive(f"{entry.ref} is active; let another version answer first")
-            await self._write(entry, partial(store.delete, self.artifacts, entry.ref))
+            await self._write(entry.ref, partial(store.delete, self.artifacts, entry.ref))
             self._unload(line.entries.pop(version))
             logger.info("deleted", extra={"model": model, "version": version})
 
-    async def _write(self, entry: Entry, change: partial[None]) -> None:
+    async def _write(self, what: BundleRef | str, change: partial[None]) -> None:
         try:
             await asyncio.to_thread(change)
         except (ManifestInvalid, FileNotFoundError) as error:  # since the last scan
-            raise VersionNotFound(f"{entry.ref} has gone from the artifacts folder") from error
+            raise VersionNotFound(f"{what} has gone from the artifacts folder") from error
         except OSError as error:
             raise store.ArtifactsUnwritable(f"the artifacts folder can't be written: {error.strerror}") from error
 
@@ -220,7 +251,8 @@ class Registry:
     async def scan(self) -> None:
         """Bring memory in line with the folder: let the versions answer that it names, then verify what is new."""
         await self.follow()
-        entries = [entry for line in self.lines.values() for entry in line.entries.values()]
+        lines = [line for line in self.lines.values() if not line.unloaded]
+        entries = [entry for line in lines for entry in line.entries.values()]
         for entry in (entry for entry in entries if entry.state == "unverified"):
             async with self._changing:  # let go between versions: requests may be waiting for one
                 await self._load(entry)
@@ -261,6 +293,10 @@ class Registry:
         Where it is refused, or none is named: the one that answers now; else the newest good one before it; else the
         oldest good one.
         """
+        line.unloaded = await asyncio.to_thread(store.unloaded, self.artifacts, model)
+        if line.unloaded:
+            self._rest(line)
+            return
         line.held_back = await asyncio.to_thread(store.held_back, self.artifacts, model)
         if line.held_back:
             line.active = None
@@ -356,6 +392,11 @@ class Registry:
         if entry.predictor is not None:
             self._start(_let_go(entry.predictor))
             entry.predictor, entry.state = None, "ready"
+
+    def _rest(self, line: Line) -> None:
+        line.unloaded, line.active = True, None
+        for entry in line.entries.values():
+            self._unload(entry)
 
     def _evict(self) -> None:
         """Unload the versions that were used longest ago, beyond the limit; active ones stay."""

@@ -1,7 +1,8 @@
-"""Good and bad requests of every form at once, from 64 connections: every caller gets its own answer."""
+"""Good and bad requests of every form and protocol at once, from 64 connections: every caller gets its own answer."""
 
 import asyncio
 import base64
+import json
 import random
 import time
 from collections import Counter
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.tiny import POISON, Fragile, grey, make_bundle, serving
+from tests.tiny import POISON, SPEC, Fragile, grey, make_bundle, serving, shade
 
 CONNECTIONS = 64
 LEAVING = 4  # clients beside them that never wait for their answer
@@ -28,6 +30,7 @@ STATUS = {
     "image_corrupt": 400,
     "malformed_body": 400,
     "no_images": 400,
+    "tensor_invalid": 400,
     "model_not_found": 404,
     "version_not_found": 404,
     "body_too_large": 413,
@@ -54,6 +57,8 @@ bad = st.one_of(
 pictures = st.lists(st.one_of(good, good, good, bad), min_size=1, max_size=6)
 forms = st.sampled_from(["multipart", "json", "raw"])
 
+INFER = "/v2/models/greys/infer"
+
 # Requests that fail as a whole, with the code that says so.
 refused = st.sampled_from(
     [
@@ -66,6 +71,9 @@ refused = st.sampled_from(
         ({"url": "/predict", "content": b"a=b", "headers": {"Content-Type": "text/plain"}}, "unsupported_media_type"),
         ({"url": "/predict", "files": {"image": b"x"}}, "no_images"),
         ({"url": "/predict", "content": b"x" * 300_000}, "body_too_large"),
+        ({"url": "/v2/models/dogs/infer", "content": b"{}"}, "model_not_found"),
+        ({"url": INFER, "content": b"{"}, "malformed_body"),
+        ({"url": INFER, "json": {"inputs": [{"name": "box", "datatype": "UINT8", "shape": [1]}]}}, "tensor_invalid"),
     ]
 )
 
@@ -91,8 +99,24 @@ def ask(form: str, asked: list[tuple[bytes, str]]) -> Ask:
     return Ask({"url": "/predict"} | options, expected[0] if alone else expected)
 
 
+def ask_tensors(asked: list[int], poisoned: bool, is_binary: bool) -> Ask:
+    """The same of the Open Inference Protocol, where one bad picture fails the request."""
+    pixels = np.stack([np.full(SPEC.shape, shade(level, LEVELS), np.uint8) for level in asked])  # [N, 1, 8, 8]
+    if poisoned:
+        pixels[-1, 0, 0, 0] = POISON
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": list(pixels.shape)}
+    behind = pixels.tobytes() if is_binary else b""
+    rest = {"parameters": {"binary_data_size": len(behind)}} if is_binary else {"data": pixels.tolist()}
+    head = json.dumps({"inputs": [tensor | rest], "outputs": [{"name": "label"}]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))} if is_binary else {}
+    expected = "inference_failed" if poisoned else [f"grey-{level}" for level in asked]
+    return Ask({"url": INFER, "content": head + behind, "headers": headers}, expected)
+
+
+rarely = st.sampled_from([False, False, False, True])
+tensors = st.builds(ask_tensors, st.lists(levels, min_size=1, max_size=6), rarely, st.booleans())
 whole = refused.map(lambda drawn: Ask(*drawn))
-asks = st.one_of(*[st.builds(ask, forms, pictures)] * 3, whole)
+asks = st.one_of(*[st.builds(ask, forms, pictures)] * 2, *[tensors] * 2, whole)
 
 
 def planned() -> list[Ask]:
@@ -117,6 +141,10 @@ def check(asked: Ask, response: httpx.Response) -> None:
     body = response.json()
     if isinstance(asked.expected, str):
         assert (response.status_code, body["code"]) == (STATUS[asked.expected], asked.expected)
+        return
+    if "outputs" in body:
+        assert (response.status_code, body["model_name"], body["model_version"]) == (200, "greys", "1")
+        assert body["outputs"][0]["data"] == asked.expected
         return
     assert (response.status_code, body["model"], body["version"]) == (200, "greys", "1")
     answers = [entry["error"]["code"] if "error" in entry else entry["label"] for entry in body["predictions"]]

@@ -59,6 +59,7 @@ class Ranking:
     """What a batch of logits says, all classes of it: `answer` cuts it to those that were asked for."""
 
     classes: tuple[str, ...]
+    logits: Logits  # [N, K]
     order: NDArray[np.int64]  # [N, K], best first
     chances: Probabilities  # [N, K]
     familiar: NDArray[np.bool_]  # [N]
@@ -75,6 +76,7 @@ def rank(logits: Logits, manifest: Manifest) -> Ranking:
     temperature, ood = manifest.calibration.temperature, manifest.ood
     return Ranking(
         classes=manifest.classes,
+        logits=logits,
         order=np.argsort(-logits, axis=1, kind="stable"),
         chances=probabilities(logits, temperature),
         familiar=familiarity(logits, ood.score, temperature) >= ood.threshold,

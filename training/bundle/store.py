@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -33,6 +34,7 @@ from training.bundle.manifest import (
 
 ACTIVE = "active"
 NONE = "none"  # in place of a version: none answers those who name none
+UNLOADED = "unloaded"  # while this file is there, the model doesn't answer at all
 LAST = ".last"  # the highest version ever given, so that a deleted version's number isn't used again
 
 _MODEL_NAME = TypeAdapter(ModelName)
@@ -192,6 +194,20 @@ def hold_back(artifacts: Path, model: str) -> None:
     check_model_name(model)
     (artifacts / model).mkdir(parents=True, exist_ok=True)
     _write_line(artifacts / model / ACTIVE, NONE)
+
+
+def unloaded(artifacts: Path, model: str) -> bool:
+    """Whether a model was unloaded: none of its versions answers, whichever is active."""
+    return (artifacts / model / UNLOADED).exists()
+
+
+def unload(artifacts: Path, model: str) -> None:
+    _write_line(artifacts / model / UNLOADED, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def load(artifacts: Path, model: str) -> None:
+    """Take back `unload`."""
+    (artifacts / model / UNLOADED).unlink(missing_ok=True)
 
 
 def activate(artifacts: Path, ref: BundleRef) -> None:

@@ -433,7 +433,7 @@ def with_pixels_of(png: bytes, block: bytes) -> bytes:
     sealed=st.booleans(),
     spec=st.sampled_from([grey(8, 8), colour(8, 8)]),
 )
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 def test_a_plain_png_is_read_as_pillow_reads_it(
     mode: str, side: int, seed: int, level: int, changes: list[tuple[int, bytes]], sealed: bool, spec: InputSpec
 ) -> None:

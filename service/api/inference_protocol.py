@@ -1,0 +1,333 @@
+"""The Open Inference Protocol (/v2), as Triton's and KServe's clients speak it, on the same versions and queue.
+
+Clients send no content type and take anything but 200 for an error: bodies are read by hand, and nothing answers 202 or
+204.
+"""
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+
+from service import errors
+from service.api import health, problems, tensors
+from service.api.bodies import THREAD_FROM
+from service.api.connection import while_connected
+from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
+from service.api.direct import Direct
+from service.inference.predictor import Picture, Row
+from service.inference.registry import Entry, Line, Registry
+from service.settings import Settings
+from service.telemetry import figures
+from training import SafelightError, __version__
+from training.bundle.images import ImageRejected
+from training.bundle.manifest import Manifest
+
+EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
+HEAD_BYTES = "inference-header-content-length"
+COMPRESS_FROM = 500  # bytes of an answer
+ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's window bits
+
+T = TypeVar("T", bound=BaseModel)
+
+infer_router = APIRouter(route_class=Direct)
+router = APIRouter()
+
+
+# --- the server ---
+
+
+@router.get("/v2")
+@router.get("/v2/", include_in_schema=False)
+async def server() -> dict[str, Any]:
+    """Name, version, and the extensions of the protocol that are spoken here."""
+    return {"name": "safelight", "version": __version__, "extensions": EXTENSIONS}
+
+
+@router.get("/v2/health/live")
+async def live() -> dict[str, bool]:
+    """This process answers."""
+    return {"live": True}
+
+
+@router.get("/v2/health/ready")
+async def ready(registry: RegistryDep, lifecycle: LifecycleDep) -> dict[str, bool]:
+    """At least one model can answer; else 503."""
+    await health.ready(registry, lifecycle)
+    return {"ready": True}
+
+
+# --- the models ---
+
+
+@router.get("/v2/models")
+async def models(registry: RegistryDep) -> dict[str, list[str]]:
+    """The names of all models."""
+    return {"models": sorted(registry.lines)}
+
+
+@router.get("/v2/models/stats")
+async def all_statistics(registry: RegistryDep) -> dict[str, Any]:
+    """What was counted of every version that ever answered."""
+    entries = [entry for line in registry.lines.values() for entry in line.entries.values()]
+    return {"model_stats": [_statistics(entry) for entry in entries if entry.manifest]}
+
+
+@router.get("/v2/models/{model}/stats")
+@router.get("/v2/models/{model}/versions/{version}/stats")
+async def statistics(registry: RegistryDep, model: str, version: str | None = None) -> dict[str, Any]:
+    """How many pictures, in how many batches, and where the time went, in nanoseconds; of all workers."""
+    entries = registry.line(model).entries.values() if version is None else [registry.found(model, version)]
+    return {"model_stats": [_statistics(entry) for entry in entries]}
+
+
+@router.get("/v2/models/{model}")
+@router.get("/v2/models/{model}/versions/{version}")
+async def metadata(registry: RegistryDep, model: str, version: str | None = None) -> dict[str, Any]:
+    """Versions, inputs and outputs. A request has one of the two inputs."""
+    manifest = await _manifest(registry, model, version)
+    versions = [number for number, entry in registry.line(model).entries.items() if entry.state != "refused"]
+    classes = len(manifest.classes)
+    pixels = {"name": tensors.PIXELS, "datatype": "UINT8", "shape": [-1, *manifest.input.shape]}
+    pictures = {"name": tensors.PICTURES, "datatype": "BYTES", "shape": [-1]}
+    outputs = [
+        {"name": name, "datatype": kind, "shape": [-1] if name == tensors.LABEL else [-1, classes]}
+        for name, kind in tensors.OUTPUT_TYPES.items()
+    ]
+    about = {"name": model, "versions": versions, "platform": "pytorch_torchscript"}
+    return about | {"inputs": [pixels, pictures], "outputs": outputs}
+
+
+@router.get("/v2/models/{model}/config")
+@router.get("/v2/models/{model}/versions/{version}/config")
+async def config(
+    registry: RegistryDep, settings: SettingsDep, model: str, version: str | None = None
+) -> dict[str, Any]:
+    """The model's configuration in Triton's words."""
+    manifest = await _manifest(registry, model, version)
+    pixels = {"name": tensors.PIXELS, "data_type": "TYPE_UINT8", "dims": manifest.input.shape, "optional": True}
+    pictures = {"name": tensors.PICTURES, "data_type": "TYPE_STRING", "dims": [1], "optional": True}
+    classes = len(manifest.classes)
+    outputs = [
+        {"name": name, "data_type": "TYPE_STRING", "dims": [1]}
+        if name == tensors.LABEL
+        else {"name": name, "data_type": "TYPE_FP32", "dims": [classes]}
+        for name in tensors.OUTPUT_TYPES
+    ]
+    return {
+        "name": model,
+        "platform": "pytorch_torchscript",
+        "backend": "pytorch",
+        "max_batch_size": settings.max_images,
+        "input": [pixels, pictures],
+        "output": outputs,
+        "dynamic_batching": {"preferred_batch_size": [settings.max_batch], "max_queue_delay_microseconds": 0},
+    }
+
+
+@router.get("/v2/models/{model}/ready")
+@router.get("/v2/models/{model}/versions/{version}/ready")
+async def model_ready(registry: RegistryDep, model: str, version: str | None = None) -> JSONResponse:
+    """Whether a version would answer: 200, 503 with the reason, or 404."""
+    try:
+        registry.entry(model, version)
+    except (errors.VersionRefused, errors.NothingActive, errors.NotReady, errors.ModelUnloaded) as error:
+        return JSONResponse({"name": model, "ready": False, "error": str(error)}, 503)
+    return JSONResponse({"name": model, "ready": True})
+
+
+async def _manifest(registry: Registry, model: str, version: str | None) -> Manifest:
+    entry = registry.entry(model, version)
+    return entry.manifest or (await registry.predictor(entry)).manifest
+
+
+def _statistics(entry: Entry) -> dict[str, Any]:
+    """From the metrics, so that there is one count of everything."""
+    counted = figures(entry.ref.model, entry.ref.version)
+
+    def duration(name: str, stage: str = "") -> dict[str, int]:
+        count, seconds = (counted.get(f"safelight_{name}_{part}{stage}", 0.0) for part in ("count", "sum"))
+        return {"count": int(count), "ns": round(seconds * 1e9)}
+
+    stages = {stage: duration("stage_seconds", f":{stage}") for stage in ("total", "queue", "decode", "infer")}
+    rest = stages["total"]["ns"] - sum(stages[stage]["ns"] for stage in ("queue", "decode", "infer"))
+    return {
+        "name": entry.ref.model,
+        "version": entry.ref.version,
+        "last_inference": round(counted.get("safelight_last_batch_timestamp_seconds", 0.0) * 1000),
+        "inference_count": int(counted.get("safelight_batch_size_sum", 0)),
+        "execution_count": int(counted.get("safelight_batch_size_count", 0)),
+        "inference_stats": {
+            "success": stages["total"],
+            "fail": duration("failed_seconds"),
+            "queue": stages["queue"],
+            "compute_input": stages["decode"],
+            "compute_infer": stages["infer"],
+            "compute_output": {"count": stages["total"]["count"], "ns": max(0, rest)},
+        },
+        "batch_stats": [],
+    }
+
+
+# --- the repository ---
+
+
+class _IndexRequest(BaseModel):
+    ready: bool = False
+
+
+class _RepositoryRequest(BaseModel):
+    parameters: dict[str, Any] = {}
+
+
+@router.post("/v2/repository/index")
+async def index(request: Request, registry: RegistryDep) -> list[dict[str, str]]:
+    """Every version that was found and whether it can answer; with `{"ready": true}` only those that can."""
+    asked = _read(_IndexRequest, await request.body())
+    found = [_index_entry(line, entry) for _, line in sorted(registry.lines.items()) for entry in line.entries.values()]
+    return [about for about in found if about["state"] == "READY" or not asked.ready]
+
+
+@router.post("/v2/repository/models/{model}/load", responses=problems.document(errors.ModelNotFound))
+async def load(request: Request, registry: RegistryDep, model: str) -> dict[str, str]:
+    """Let a model answer that was unloaded, as its folder says; returns once it does."""
+    asked = _read(_RepositoryRequest, await request.body())
+    if asked.parameters:
+        raise errors.NotImplementedHere(
+            "a model's files and configuration can't be sent here: publish a version (safelight train, POST /train)"
+        )
+    await registry.load(model)
+    return {}
+
+
+@router.post("/v2/repository/models/{model}/unload", responses=problems.document(errors.ModelNotFound))
+async def unload(request: Request, registry: RegistryDep, model: str) -> dict[str, str]:
+    """Let a model answer no more and take no memory, until it is loaded again; what was admitted is answered."""
+    _read(_RepositoryRequest, await request.body())
+    await registry.unload(model)
+    return {}
+
+
+def _index_entry(line: Line, entry: Entry) -> dict[str, str]:
+    state, reason = "READY", ""
+    if line.unloaded:
+        state, reason = "UNAVAILABLE", "unloaded"
+    elif entry.state == "refused":
+        state, reason = "UNAVAILABLE", entry.reason or ""
+    elif entry.state == "unverified":
+        state = "LOADING"
+    return {"name": entry.ref.model, "version": entry.ref.version, "state": state, "reason": reason}
+
+
+def _read(kind: type[T], body: bytes) -> T:
+    try:
+        return kind.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise errors.MalformedBody(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error
+
+
+# --- inference ---
+
+_INFER_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": tensors.Question.model_json_schema(ref_template="#/components/schemas/{model}")},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+
+
+@infer_router.post("/v2/models/{model}/infer")
+@infer_router.post("/v2/models/{model}/versions/{version}/infer")
+async def infer(request: Request) -> Response:
+    """Classify `pixels`, UINT8 [N, C, H, W], or `pictures`, BYTES [N]: in JSON, or as raw tensors behind it."""
+    settings: Settings = request.state.settings
+    registry: Registry = request.state.registry
+    path = request.path_params
+    entry = registry.entry(path["model"], path.get("version"))
+    request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
+    body = await _body(request, settings.max_body_bytes)
+    message = await while_connected(request, _infer(request, registry, entry, body, settings))
+    return _reply(request, message)
+
+
+async def _infer(
+    request: Request, registry: Registry, entry: Entry, body: bytes, settings: Settings
+) -> tensors.Message:
+    begun = asyncio.get_running_loop().time()
+    predictor = await registry.predictor(entry, begun + settings.deadline_seconds)
+    manifest = predictor.manifest
+    head_bytes = _head_bytes(request)
+    asked = body, head_bytes, manifest.input, settings.max_images
+    is_long = (len(body) if head_bytes is None else head_bytes) > THREAD_FROM
+    question, pictures = await asyncio.to_thread(tensors.read, *asked) if is_long else tensors.read(*asked)
+    tensors.check_outputs(question)
+    request.state.log["images"] = len(pictures)
+    seconds = min(settings.deadline_seconds, question.timeout_seconds or settings.deadline_seconds)
+    computed = await predictor.compute(pictures, begun + seconds)
+    return tensors.write(question, manifest, _all_good(pictures, computed.outcomes))
+
+
+def _all_good(pictures: Sequence[Picture], outcomes: Sequence[Row | SafelightError]) -> list[Row]:
+    """The protocol has no place for one picture's error: the first is that of the request."""
+    rows = []
+    for place, outcome in enumerate(outcomes):
+        if isinstance(outcome, ImageRejected | errors.InvalidBase64) and len(pictures) > 1:
+            raise errors.TensorInvalid(f"picture {place} of {len(pictures)}: {outcome}") from outcome
+        if isinstance(outcome, SafelightError):
+            raise outcome
+        rows.append(outcome)
+    return rows
+
+
+def _head_bytes(request: Request) -> int | None:
+    value = request.headers.get(HEAD_BYTES)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit()):
+        raise errors.MalformedBody(f"Inference-Header-Content-Length must be a whole number, not {value[:40]!r}")
+    return int(value[:20])
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, unpacked. Raises BodyTooLarge, MalformedBody, UnsupportedBody."""
+    body = await request.body()
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        return body
+    if encoding not in ENCODINGS:
+        raise errors.UnsupportedBody(f"content encoding {encoding[:40]} isn't read here; send gzip, deflate or none")
+    return await asyncio.to_thread(_unpack, body, encoding, max_bytes)
+
+
+def _unpack(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    unpacker = zlib.decompressobj(ENCODINGS[encoding])
+    try:
+        content = unpacker.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise errors.MalformedBody(f"the body isn't {encoding}: {error}") from error
+    if len(content) > max_bytes:
+        raise errors.BodyTooLarge(
+            f"the body has more than {max_bytes} bytes once it is unpacked; the limit is {max_bytes} "
+            "(SAFELIGHT_MAX_BODY_BYTES): send fewer or smaller pictures",
+            limit=max_bytes,
+        )
+    if not unpacker.eof or unpacker.unused_data:
+        raise errors.MalformedBody(f"the body isn't one whole {encoding} stream")
+    return content
+
+
+def _reply(request: Request, message: tensors.Message) -> Response:
+    headers = {} if message.head_bytes is None else {HEAD_BYTES: str(message.head_bytes)}
+    body, accepted = message.body, request.headers.get("accept-encoding", "")
+    if len(body) >= COMPRESS_FROM and (encoding := next((name for name in ENCODINGS if name in accepted), None)):
+        body = gzip.compress(body, 1, mtime=0) if encoding == "gzip" else zlib.compress(body, 1)
+        headers["Content-Encoding"] = encoding
+    kind = "application/json" if message.head_bytes is None else "application/octet-stream"
+    return Response(body, media_type=kind, headers=headers)

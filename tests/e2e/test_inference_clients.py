@@ -1,0 +1,275 @@
+"""The clients that people already have, as they are, against a real server: Triton's and KServe's."""
+
+import asyncio
+import base64
+import gzip
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
+from openai import OpenAI
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade
+
+LEVELS = (3, 9, 15)
+
+
+def greys(*levels: int, kind: str = "uint8") -> np.ndarray:
+    return np.stack([np.full(SPEC.shape, shade(level), kind) for level in levels])  # [N, 1, 8, 8]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("clients")
+    make_bundle(root / "artifacts")
+    make_bundle(root / "artifacts", activate=False)
+    make_bundle(root / "artifacts", "other")
+    with serving(root / "artifacts", root, default_model="greys", max_images="32") as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        yield client
+
+
+def as_input(values: np.ndarray, *, binary: bool = True) -> triton.InferInput:
+    name = "pictures" if values.dtype == np.object_ else "pixels"
+    tensor = triton.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype))
+    return tensor.set_data_from_numpy(values, binary_data=binary)
+
+
+def pictures(*levels: int) -> np.ndarray:
+    return np.array([grey(level) for level in levels], dtype=np.object_)
+
+
+# --- tritonclient ---
+
+
+def test_tritonclient_finds_what_is_there(client: triton.InferenceServerClient) -> None:
+    assert (client.is_server_live(), client.is_server_ready()) == (True, True)
+    assert client.is_model_ready("greys")
+    assert client.is_model_ready("greys", "2")
+    assert not client.is_model_ready("greys", "3")
+    assert not client.is_model_ready("pets")
+    assert client.get_server_metadata()["name"] == "safelight"
+    metadata = client.get_model_metadata("greys", "1")
+    assert (metadata["name"], metadata["versions"]) == ("greys", ["1", "2"])
+    config = client.get_model_config("greys")
+    for described, configured in zip(metadata["inputs"], config["input"], strict=True):
+        assert described["name"] == configured["name"]
+    assert [output["name"] for output in config["output"]] == [output["name"] for output in metadata["outputs"]]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32", "pictures"])
+def test_tritonclient_gets_the_same_bytes_whatever_the_form(client: triton.InferenceServerClient, kind: str) -> None:
+    values = pictures(*LEVELS) if kind == "pictures" else greys(*LEVELS, kind=kind)
+    expected = client.infer("greys", [as_input(greys(*LEVELS))]).as_numpy("logits")
+    packing = [None, "gzip", "deflate"]
+    for binary_in, binary_out, sent, back in itertools.product([True, False], [True, False], packing, packing):
+        if kind == "pictures" and not binary_in:
+            continue  # the client sends strings as text; pictures are none
+        outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("logits", "label")]
+        result = client.infer(
+            "greys",
+            [as_input(values, binary=binary_in)],
+            outputs=outputs,
+            request_id="7",
+            request_compression_algorithm=sent,
+            response_compression_algorithm=back,
+        )
+        assert result.as_numpy("logits").tobytes() == expected.tobytes()
+        assert [_text(label) for label in result.as_numpy("label")] == [GREYS[level] for level in LEVELS]
+        assert result.get_response()["id"] == "7"
+    assert expected.argmax(1).tolist() == list(LEVELS)
+
+
+def _text(label: bytes | str) -> str:
+    return label.decode() if isinstance(label, bytes) else label
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritonclient_gets_the_best_classes(client: triton.InferenceServerClient, binary: bool) -> None:
+    outputs = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
+    options = {"priority": 1, "timeout": 5_000_000}
+    found = client.infer("greys", [as_input(greys(*LEVELS))], outputs=outputs, **options).as_numpy("probabilities")
+    assert found.shape == (3, 3)
+    assert [_text(row[0]).split(":")[1:] for row in found] == [[str(level), GREYS[level]] for level in LEVELS]
+
+
+@pytest.mark.parametrize("count", [1, 3, 32])
+def test_tritonclient_may_send_as_many_as_the_configuration_says(
+    client: triton.InferenceServerClient, count: int
+) -> None:
+    assert client.get_model_config("greys")["max_batch_size"] == 32
+    levels = [place % 16 for place in range(count)]
+    assert client.infer("greys", [as_input(greys(*levels))]).as_numpy("logits").argmax(1).tolist() == levels
+
+
+def test_tritonclient_is_told_what_was_wrong(client: triton.InferenceServerClient) -> None:
+    def told(model: str, values: np.ndarray, version: str = "", **outputs: Any) -> tuple[str | None, str]:
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer(model, [as_input(values)], model_version=version, **outputs)
+        return caught.value.status(), caught.value.message()
+
+    assert told("greys", greys(*range(16), *range(16), 1)) == (
+        "413",
+        "33 pictures in one request; the limit is 32: send several requests",
+    )
+    assert told("pets", greys(1)) == ("404", "there is no model 'pets'; there is greys, other")
+    assert told("greys", greys(1), "9") == ("404", "model greys has no version 9; it has 1, 2")
+    assert told("greys", greys(1)[:, :, :4]) == (
+        "400",
+        "input 'pixels' has the shape [1, 1, 4, 8]; the model takes [N, 1, 8, 8]",
+    )
+    assert told("greys", greys(1), outputs=[triton.InferRequestedOutput("box")]) == (
+        "400",
+        "there is no output 'box'; there is probabilities, logits, label",
+    )
+    assert told("greys", np.array([b"no picture"], dtype=np.object_))[0] == "400"
+    assert client.is_server_ready()
+
+
+def test_tritonclient_loads_and_unloads(client: triton.InferenceServerClient) -> None:
+    def states() -> dict[str, str]:
+        return {entry["name"]: entry["state"] for entry in client.get_model_repository_index()}
+
+    deadline = time.monotonic() + 10
+    while states() != {"greys": "READY", "other": "READY"}:  # the version that isn't active is verified meanwhile
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    client.unload_model("other")
+    assert states() == {"greys": "READY", "other": "UNAVAILABLE"}
+    assert not client.is_model_ready("other")
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer("other", [as_input(greys(1))])
+    assert caught.value.status() == "404"
+    assert "model other is unloaded" in caught.value.message()
+    client.load_model("other")
+    assert states() == {"greys": "READY", "other": "READY"}
+    assert client.infer("other", [as_input(greys(1))]).as_numpy("logits").argmax() == 1
+    with pytest.raises(InferenceServerException) as caught:
+        client.load_model("pets")
+    assert caught.value.message() == "there is no model 'pets'; there is greys, other"
+
+
+def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) -> None:
+    """As perf_analyzer does it: a window of requests under way, and the server's own statistics before and after."""
+    url = server.url.removeprefix("http://")
+    with triton.InferenceServerClient(url, concurrency=16) as client:
+
+        def statistics() -> dict[str, Any]:
+            (found,) = client.get_inference_statistics("greys", "1")["model_stats"]
+            return dict(found)
+
+        before = statistics()
+        for _ in range(10):
+            levels = [(3 * place) % 16 for place in range(32)]
+            waiting = [client.async_infer("greys", [as_input(greys(level))], model_version="1") for level in levels]
+            found = [int(request.get_result().as_numpy("logits").argmax()) for request in waiting]
+            assert found == levels
+        after = statistics()
+    images = after["inference_count"] - before["inference_count"]
+    batches = after["execution_count"] - before["execution_count"]
+    success = {
+        part: after["inference_stats"]["success"][part] - before["inference_stats"]["success"][part]
+        for part in ("count", "ns")
+    }
+    assert images == success["count"] == 320
+    assert batches < images
+    assert success["ns"] > 0
+
+
+# --- KServe's client ---
+
+
+def asked(url: str, protocol: str, work: Any) -> Any:
+    async def main() -> Any:
+        client = InferenceRESTClient(RESTConfig(protocol=protocol, timeout=30))
+        try:
+            return await work(client, url)
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("protocol", ["v1", "v2"])
+def test_kserve_finds_what_is_there(server: Server, protocol: str) -> None:
+    async def work(client: InferenceRESTClient, url: str) -> None:
+        if protocol == "v2":
+            assert await client.is_server_ready(url)
+            assert await client.is_server_live(url)
+            assert not await client.is_model_ready(url, "pets")
+        assert await client.is_model_ready(url, "greys")
+
+    asked(server.url, protocol, work)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_kserve_gets_tensors(server: Server, binary: bool) -> None:
+    async def work(client: InferenceRESTClient, url: str) -> Any:
+        tensor = InferInput("pixels", [3, *SPEC.shape], "UINT8")
+        tensor.set_data_from_numpy(greys(*LEVELS), binary_data=binary)
+        return await client.infer(url, InferRequest("greys", [tensor], request_id="7"), model_name="greys")
+
+    found = asked(server.url, "v2", work)
+    assert (found.model_name, found.id) == ("greys", "7")
+    logits = next(output for output in found.outputs if output.name == "logits")
+    assert logits.as_numpy().argmax(1).tolist() == list(LEVELS)
+
+
+@pytest.mark.parametrize("instances", ["pixels", "base64"])
+def test_kserve_s_older_protocol_gets_predictions(server: Server, instances: str) -> None:
+    async def work(client: InferenceRESTClient, url: str) -> Any:
+        encoded = [{"b64": base64.b64encode(grey(level)).decode()} for level in LEVELS]
+        data = {"instances": greys(*LEVELS).tolist() if instances == "pixels" else encoded}
+        return await client.infer(url, data, model_name="greys")
+
+    found = asked(server.url, "v1", work)["predictions"]
+    assert [one["label"] for one in found] == [GREYS[level] for level in LEVELS]
+    image = httpx.post(f"{server.url}/predict", content=grey(3), headers={"Content-Type": "image/png"}).json()
+    assert found[0] == image["predictions"][0]
+
+
+def test_kserve_is_told_what_was_wrong(server: Server) -> None:
+    async def infer(client: InferenceRESTClient, url: str) -> Any:
+        tensor = InferInput("pixels", [1, 1], "UINT8", data=[[1]])
+        return await client.infer(url, InferRequest("greys", [tensor]), model_name="greys")
+
+    async def predict(client: InferenceRESTClient, url: str) -> Any:
+        return await client.infer(url, {"instances": [[1, 2]]}, model_name="greys")
+
+    async def explain(client: InferenceRESTClient, url: str) -> Any:
+        return await client.explain(url, "greys", {"instances": [1]})
+
+    with pytest.raises(httpx.HTTPStatusError, match=r"^input 'pixels' has the shape \[1, 1\]; the model takes"):
+        asked(server.url, "v2", infer)
+    with pytest.raises(httpx.HTTPStatusError, match="`data` of input 'pixels' has the shape"):
+        asked(server.url, "v1", predict)
+    with pytest.raises(httpx.HTTPStatusError, match="greys explains nothing here; :predict has its probabilities"):
+        asked(server.url, "v1", explain)
+
+
+def test_the_openai_client_lists_the_models(server: Server) -> None:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["greys", "other"]
+        assert client.models.retrieve("greys").id == "greys"
+
+
+def test_a_bomb_and_broken_bodies_leave_the_server_ready(server: Server) -> None:
+    url = f"{server.url}/v2/models/greys/infer"
+    bomb = gzip.compress(bytes(200_000_000), 1)
+    assert httpx.post(url, content=bomb, headers={"Content-Encoding": "gzip"}, timeout=30).status_code == 413
+    deep = json.dumps({"inputs": []})[:-2].encode() + b"[" * 1_000_000
+    assert httpx.post(url, content=deep, timeout=30).status_code == 400
+    assert httpx.get(f"{server.url}/v2/health/ready").json() == {"ready": True}

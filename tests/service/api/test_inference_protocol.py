@@ -1,0 +1,557 @@
+"""/v2 over HTTP, byte by byte; what the real clients make of it is tests/e2e/test_inference_clients.py."""
+
+import base64
+import gzip
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from httpx2 import Response
+
+from service.app import create_app
+from service.settings import Settings
+from tests.tiny import GREYS, SPEC, Fragile, grey, make_bundle, shade
+from training import __version__
+
+INFER = "/v2/models/greys/infer"
+HEAD = "Inference-Header-Content-Length"
+
+
+def pixels(*levels: int, kind: str = "<u1") -> bytes:
+    """Pictures of one grey each, [N, 1, 8, 8], as they are in memory."""
+    return np.stack([np.full(SPEC.shape, shade(level)) for level in levels]).astype(kind).tobytes()
+
+
+def tensor(count: int, datatype: str = "UINT8", **others: object) -> dict[str, Any]:
+    return {"name": "pixels", "datatype": datatype, "shape": [count, *SPEC.shape]} | others
+
+
+def strings(*texts: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+
+
+def packed(question: dict[str, Any], *behind: bytes) -> tuple[bytes, dict[str, str]]:
+    """A body with tensors behind its JSON, and the header that says where they begin."""
+    head = json.dumps(question).encode()
+    return head + b"".join(behind), {HEAD: str(len(head))}
+
+
+def asking(
+    *levels: int, outputs: list[dict[str, Any]] | None = None, **parameters: object
+) -> tuple[bytes, dict[str, str]]:
+    """A question about greys, the tensor behind the JSON."""
+    behind = pixels(*levels)
+    question = {"inputs": [tensor(len(levels), parameters={"binary_data_size": len(behind)})], "parameters": parameters}
+    return packed(question | ({"outputs": outputs} if outputs else {}), behind)
+
+
+def unpacked(response: Response) -> dict[str, Any]:
+    """The outputs of a reply by name, wherever they stood: arrays, and lists of strings."""
+    assert response.status_code == 200, response.text
+    size = int(response.headers.get(HEAD, len(response.content)))
+    head, rest = json.loads(response.content[:size]), response.content[size:]
+    found = {}
+    for output in head["outputs"]:
+        if "parameters" in output:
+            cut = output["parameters"]["binary_data_size"]
+            content, rest = rest[:cut], rest[cut:]
+            values: Any = texts(content) if output["datatype"] == "BYTES" else np.frombuffer(content, "<f4")
+        else:
+            values = output["data"] if output["datatype"] == "BYTES" else np.array(output["data"], "<f4")
+        found[output["name"]] = values if isinstance(values, list) else values.reshape(output["shape"])
+    assert rest == b""
+    return found
+
+
+def texts(content: bytes) -> list[str]:
+    found = []
+    while content:
+        size = int.from_bytes(content[:4], "little")
+        found.append(content[4 : 4 + size].decode())
+        content = content[4 + size :]
+    return found
+
+
+def refused(response: Response, status: int, error: str) -> None:
+    """Refused with one sentence in the protocol's own shape."""
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert (response.status_code, body["error"]) == (status, error), body
+    assert body.keys() == {"error", "code"}
+
+
+@contextmanager
+def application(settings: Settings, **changes: object) -> Iterator[TestClient]:
+    """Whatever a test sends, the next good request succeeds."""
+    with TestClient(create_app(settings.model_copy(update=changes)), raise_server_exceptions=False) as client:
+        yield client
+        body, headers = asking(3)
+        assert unpacked(client.post(INFER, content=body, headers=headers))["label"] == ["grey-3"]
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with application(settings) as client:
+        yield client
+
+
+# --- the server and its models ---
+
+
+def test_the_server_says_who_it_is_and_what_it_speaks(client: TestClient) -> None:
+    extensions = ["binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository"]
+    for path in ("/v2", "/v2/"):
+        reply = client.get(path, follow_redirects=False)
+        assert reply.json() == {"name": "safelight", "version": __version__, "extensions": extensions}
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    assert client.get("/v2/models").json() == {"models": ["greys"]}
+
+
+@pytest.mark.parametrize("path", ["/v2/models/greys", "/v2/models/greys/versions/1"])
+def test_a_model_s_inputs_and_outputs_are_described(client: TestClient, path: str) -> None:
+    assert client.get(path).json() == {
+        "name": "greys",
+        "versions": ["1"],
+        "platform": "pytorch_torchscript",
+        "inputs": [
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, 1, 8, 8]},
+            {"name": "pictures", "datatype": "BYTES", "shape": [-1]},
+        ],
+        "outputs": [
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, 16]},
+            {"name": "logits", "datatype": "FP32", "shape": [-1, 16]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        ],
+    }
+    assert client.get(f"{path}/ready").json() == {"name": "greys", "ready": True}
+    config = client.get(f"{path}/config").json()
+    assert config == {
+        "name": "greys",
+        "platform": "pytorch_torchscript",
+        "backend": "pytorch",
+        "max_batch_size": 256,
+        "input": [
+            {"name": "pixels", "data_type": "TYPE_UINT8", "dims": [1, 8, 8], "optional": True},
+            {"name": "pictures", "data_type": "TYPE_STRING", "dims": [1], "optional": True},
+        ],
+        "output": [
+            {"name": "probabilities", "data_type": "TYPE_FP32", "dims": [16]},
+            {"name": "logits", "data_type": "TYPE_FP32", "dims": [16]},
+            {"name": "label", "data_type": "TYPE_STRING", "dims": [1]},
+        ],
+        "dynamic_batching": {"preferred_batch_size": [64], "max_queue_delay_microseconds": 0},
+    }
+
+
+def test_what_there_is_not_is_said_in_the_protocol_s_shape(client: TestClient) -> None:
+    refused(client.get("/v2/models/pets"), 404, "there is no model 'pets'; there is greys")
+    refused(client.get("/v2/models/pets/ready"), 404, "there is no model 'pets'; there is greys")
+    refused(client.get("/v2/models/greys/versions/7/ready"), 404, "model greys has no version 7; it has 1")
+    refused(client.get("/v2/nothing"), 404, "GET /v2/nothing: Not Found")
+    refused(client.get(INFER), 405, f"GET {INFER}: Method Not Allowed")
+
+
+# --- inference ---
+
+
+def test_every_way_to_send_the_same_pixels_gets_the_same_bytes(client: TestClient) -> None:
+    levels = (3, 9, 15)
+    behind, floats = pixels(*levels), pixels(*levels, kind="<f4")
+    nested = np.frombuffer(behind, "u1").reshape(3, *SPEC.shape)
+    encoded = [grey(level) for level in levels]
+    size = {"binary_data_size": len(behind)}
+    pictures = {"name": "pictures", "datatype": "BYTES", "shape": [3]}
+    base64s = [base64.b64encode(picture).decode() for picture in encoded]
+    bodies = [
+        packed({"inputs": [tensor(3, parameters=size)]}, behind),
+        packed({"inputs": [tensor(3, "FP32", parameters={"binary_data_size": len(floats)})]}, floats),
+        (json.dumps({"inputs": [tensor(3, data=nested.tolist())]}).encode(), {}),
+        (json.dumps({"inputs": [tensor(3, data=nested.ravel().tolist())]}).encode(), {}),
+        (json.dumps({"inputs": [tensor(3, "FP32", data=nested.astype(float).tolist())]}).encode(), {}),
+        packed(
+            {"inputs": [pictures | {"parameters": {"binary_data_size": len(strings(*encoded))}}]}, strings(*encoded)
+        ),
+        (json.dumps({"inputs": [pictures | {"data": base64s}]}).encode(), {}),
+        (json.dumps({"inputs": [pictures | {"shape": [3, 1], "data": [[text] for text in base64s]}]}).encode(), {}),
+    ]
+    replies = []
+    for body, headers in bodies:
+        for encoding, pack in {"identity": bytes, "gzip": gzip.compress, "deflate": zlib.compress}.items():
+            as_sent = headers | {"Content-Encoding": encoding}
+            replies.append(unpacked(client.post(INFER, content=pack(body), headers=as_sent)))
+    for reply in replies:
+        assert reply["label"] == ["grey-3", "grey-9", "grey-15"]
+        assert reply["logits"].tobytes() == replies[0]["logits"].tobytes()
+        assert reply["probabilities"].tobytes() == replies[0]["probabilities"].tobytes()
+    assert np.allclose(replies[0]["probabilities"].sum(1), 1)
+
+
+def test_the_answer_is_that_of_predict(client: TestClient) -> None:
+    ranked = client.post("/predict?top_k=16", content=grey(9), headers={"Content-Type": "image/png"}).json()
+    expected = {score["label"]: score["probability"] for score in ranked["predictions"][0]["scores"]}
+    body, headers = asking(9)
+    probabilities = unpacked(client.post(INFER, content=body, headers=headers))["probabilities"][0]
+    assert dict(zip(GREYS, probabilities.tolist(), strict=True)) == pytest.approx(expected)
+
+
+def test_one_encoded_picture_may_be_the_whole_body(client: TestClient) -> None:
+    reply = client.post(INFER, content=grey(5), headers={HEAD: "0"})
+    assert reply.headers["content-type"] == "application/octet-stream"
+    assert unpacked(reply)["label"] == ["grey-5"]
+    refused(
+        client.post(INFER, content=b"", headers={HEAD: "0"}),
+        400,
+        "the body is empty; with Inference-Header-Content-Length: 0 it is one encoded picture",
+    )
+
+
+def test_the_reply_has_the_outputs_that_are_asked_for_in_the_form_that_is_asked_for(client: TestClient) -> None:
+    wanted = [{"name": "label", "parameters": {"binary_data": False}}, {"name": "logits"}]
+    body, headers = asking(2, 4, outputs=wanted, binary_data_output=True)
+    reply = client.post("/v2/models/greys/versions/1/infer", content=body, headers=headers)
+    head = json.loads(reply.content[: int(reply.headers[HEAD])])
+    assert head == {
+        "model_name": "greys",
+        "model_version": "1",
+        "outputs": [
+            {"name": "label", "datatype": "BYTES", "shape": [2], "data": ["grey-2", "grey-4"]},
+            {"name": "logits", "datatype": "FP32", "shape": [2, 16], "parameters": {"binary_data_size": 128}},
+        ],
+    }
+    assert unpacked(reply)["logits"].argmax(1).tolist() == [2, 4]
+
+
+def test_an_id_comes_back_and_no_id_stays_away(client: TestClient) -> None:
+    question = {"inputs": [tensor(1, data=[40] * 64)]}
+    assert client.post(INFER, json=question | {"id": "mine: 7"}).json()["id"] == "mine: 7"
+    assert "id" not in client.post(INFER, json=question).json()
+
+
+@pytest.mark.parametrize("count", [1, 3, 99])
+def test_the_best_classes_may_be_named_in_place_of_a_tensor(client: TestClient, count: int) -> None:
+    body, headers = asking(3, 7, outputs=[{"name": "probabilities", "parameters": {"classification": count}}])
+    reply = client.post(INFER, content=body, headers=headers).json()
+    (output,) = reply["outputs"]
+    best = min(count, 16)
+    assert (output["name"], output["datatype"], output["shape"]) == ("probabilities", "BYTES", [2, best])
+    first, second = output["data"][0].split(":"), output["data"][best].split(":")
+    assert (first[1:], second[1:]) == (["3", "grey-3"], ["7", "grey-7"])
+    values = [float(text.split(":")[0]) for text in output["data"][:best]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_long_answer_is_packed_for_those_who_accept_that(client: TestClient) -> None:
+    body, headers = asking(*range(16))
+    plain = client.post(INFER, content=body, headers=headers | {"Accept-Encoding": "identity"})
+    for encoding in ("gzip", "deflate"):
+        reply = client.post(INFER, content=body, headers=headers | {"Accept-Encoding": encoding})
+        assert reply.headers["content-encoding"] == encoding
+        assert int(reply.headers["content-length"]) < len(plain.content)
+        assert reply.content == plain.content
+    assert "content-encoding" not in plain.headers
+
+
+def test_as_many_pictures_as_the_limit_and_not_one_more(settings: Settings) -> None:
+    with application(settings, max_images=4) as client:
+        for count in (1, 3, 4):
+            body, headers = asking(*range(count))
+            assert len(unpacked(client.post(INFER, content=body, headers=headers))["label"]) == count
+        body, headers = asking(*range(5))
+        reply = client.post(INFER, content=body, headers=headers)
+        refused(reply, 413, "5 pictures in one request; the limit is 4: send several requests")
+
+
+# --- what is wrong with a request ---
+
+PICTURES = {"name": "pictures", "datatype": "BYTES", "shape": [1]}
+WRONG: dict[str, tuple[Any, int, str]] = {
+    "a wrong shape": (
+        {"inputs": [tensor(1, data=[1] * 64) | {"shape": [1, 8, 8, 1]}]},
+        400,
+        "input 'pixels' has the shape [1, 8, 8, 1]; the model takes [N, 1, 8, 8]",
+    ),
+    "no shape": (
+        {"inputs": [tensor(1, data=[1] * 64) | {"shape": []}]},
+        400,
+        "the shape says that there is no picture in the request",
+    ),
+    "another type": (
+        {"inputs": [tensor(1, "INT64", data=[1] * 64)]},
+        400,
+        "input 'pixels' is INT64; the model takes UINT8, or FP32 of 0 to 255",
+    ),
+    "half precision in JSON": (
+        {"inputs": [tensor(1, "FP16", data=[1] * 64)]},
+        400,
+        "input 'pixels' is FP16; the model takes UINT8, or FP32 of 0 to 255",
+    ),
+    "an unknown input": (
+        {"inputs": [tensor(1, data=[1] * 64) | {"name": "image"}]},
+        400,
+        "a request has one input, 'pixels' or 'pictures'; this one has ['image']",
+    ),
+    "an input twice": (
+        {"inputs": [tensor(1, data=[1] * 64)] * 2},
+        400,
+        "a request has one input, 'pixels' or 'pictures'; this one has ['pixels', 'pixels']",
+    ),
+    "an unknown output": (
+        {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "box"}]},
+        400,
+        "there is no output 'box'; there is probabilities, logits, label",
+    ),
+    "an output twice": (
+        {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "label"}, {"name": "label"}]},
+        400,
+        "output 'label' is asked for twice",
+    ),
+    "classes of a label": (
+        {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
+        400,
+        "`classification` is a number of classes, for the output probabilities or logits",
+    ),
+    "no pictures": (
+        {"inputs": [tensor(0, data=[])]},
+        400,
+        "the shape says that there is no picture in the request",
+    ),
+    "a shape below zero": (
+        {"inputs": [tensor(-1, data=[])]},
+        400,
+        "the shape says that there is no picture in the request",
+    ),
+    "too few values": (
+        {"inputs": [tensor(1, data=[1] * 63)]},
+        400,
+        "`data` of input 'pixels' has the shape [63]; `shape` says [1, 1, 8, 8]: "
+        "nest it like that, or send one flat list",
+    ),
+    "ragged values": (
+        {"inputs": [tensor(1, data=[[1, 2], [3]])]},
+        400,
+        "`data` of input 'pixels' is ragged, or no tensor at all",
+    ),
+    "values that are no numbers": (
+        {"inputs": [tensor(1, data=["1"] * 64)]},
+        400,
+        "`data` of input 'pixels' holds something that is no number",
+    ),
+    "a value beyond a byte": (
+        {"inputs": [tensor(1, data=[256] + [1] * 63)]},
+        400,
+        "input 'pixels' holds other values than the whole numbers from 0 to 255",
+    ),
+    "a value between two": (
+        {"inputs": [tensor(1, "FP32", data=[0.5] * 64)]},
+        400,
+        "input 'pixels' holds other values than the whole numbers from 0 to 255",
+    ),
+    "no data": ({"inputs": [tensor(1)]}, 400, "input 'pixels' has no data: neither `data` nor a binary_data_size"),
+    "a size that is none": (
+        {"inputs": [tensor(1, parameters={"binary_data_size": -5})]},
+        400,
+        "input 'pixels' needs either `data` or a whole number as binary_data_size",
+    ),
+    "shared memory": (
+        {"inputs": [tensor(1, parameters={"shared_memory_region": "mine"})]},
+        400,
+        "the parameter 'shared_memory_region' isn't supported here: send the tensors in the request",
+    ),
+    "a picture that is none": ({"inputs": [PICTURES | {"data": ["AAAA"]}]}, 400, None),
+    "more pictures than said": (
+        {"inputs": [PICTURES | {"data": ["AAAA", "AAAA"]}]},
+        400,
+        "input 'pictures' holds 2 pictures; its shape says 1",
+    ),
+    "pictures as numbers": (
+        {"inputs": [PICTURES | {"data": [1]}]},
+        400,
+        "`data` of input 'pictures' must hold pictures as base64",
+    ),
+    "pictures of another type": (
+        {"inputs": [PICTURES | {"datatype": "UINT8", "data": [1]}]},
+        400,
+        "input 'pictures' is UINT8; it must be BYTES: encoded pictures",
+    ),
+    "no inputs": ({"inputs": []}, 400, "inputs: List should have at least 1 item after validation, not 0"),
+    "no object": ([1], 400, None),
+    "a time that is none": (
+        {"inputs": [tensor(1, data=[1] * 64)], "parameters": {"timeout": "soon"}},
+        400,
+        "the parameter `timeout` must be a whole number of microseconds",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_request_that_is_wrong_is_told_what_is_wrong(client: TestClient, name: str) -> None:
+    question, status, error = WRONG[name]
+    reply = client.post(INFER, json=question)
+    refused(reply, status, reply.json()["error"] if error is None else error)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "error"),
+    [
+        (b'{"inputs": ' + b"[" * 100_000, {}, "Invalid JSON: recursion limit exceeded"),
+        (b'{"inputs": [\x00]}', {}, "Invalid JSON: expected value"),
+        (b"\xff\xfe", {}, "Invalid JSON: expected value"),
+        (b"", {}, "Invalid JSON: EOF while parsing"),
+        (b"{}", {HEAD: "abc"}, "Inference-Header-Content-Length must be a whole number, not 'abc'"),
+        (b"{}", {HEAD: "-1"}, "Inference-Header-Content-Length must be a whole number, not '-1'"),
+        (b"{}", {HEAD: "9"}, "Inference-Header-Content-Length is 9; the body has only 2 bytes"),
+        (gzip.compress(b"{}")[:-4], {"Content-Encoding": "gzip"}, "the body isn't one whole gzip stream"),
+        (b"{}", {"Content-Encoding": "deflate"}, "the body isn't deflate"),
+    ],
+)
+def test_a_body_that_can_not_be_read_is_refused(
+    client: TestClient, body: bytes, headers: dict[str, str], error: str
+) -> None:
+    reply = client.post(INFER, content=body, headers=headers)
+    assert error in reply.json()["error"]
+    refused(reply, 400, reply.json()["error"])
+
+
+def test_bytes_that_are_not_those_of_the_description_are_refused(client: TestClient) -> None:
+    question = {"inputs": [tensor(1, parameters={"binary_data_size": 64})]}
+    body, headers = packed(question, pixels(1) + b"more")
+    error = "input 'pixels' has a binary_data_size of 64; 68 bytes follow the JSON"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+    question = {"inputs": [tensor(2, parameters={"binary_data_size": 64})]}
+    body, headers = packed(question, pixels(1))
+    error = "input 'pixels' of the shape [2, 1, 8, 8] takes 128 bytes, not 64"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
+@pytest.mark.parametrize("behind", [b"\0", strings(b"abc")[:-1], struct.pack("<I", 2**31) + b"abc"])
+def test_strings_that_end_early_are_refused(client: TestClient, behind: bytes) -> None:
+    question = {"inputs": [PICTURES | {"parameters": {"binary_data_size": len(behind)}}]}
+    body, headers = packed(question, behind)
+    error = "input 'pictures' ends within a picture: a length says more than there is"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 256.0, 1e30])
+def test_pixels_that_no_picture_has_poison_no_batch(client: TestClient, value: float) -> None:
+    behind = np.full((1, *SPEC.shape), value, "<f4").tobytes()
+    body, headers = packed({"inputs": [tensor(1, "FP32", parameters={"binary_data_size": len(behind)})]}, behind)
+    error = "input 'pixels' holds other values than the whole numbers from 0 to 255"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
+def test_a_bomb_is_not_unpacked(settings: Settings) -> None:
+    with application(settings, max_body_bytes=100_000) as client:
+        reply = client.post(INFER, content=gzip.compress(bytes(5_000_000)), headers={"Content-Encoding": "gzip"})
+        error = (
+            "the body has more than 100000 bytes once it is unpacked; the limit is 100000 (SAFELIGHT_MAX_BODY_BYTES): "
+            "send fewer or smaller pictures"
+        )
+        refused(reply, 413, error)
+        reply = client.post(INFER, content=b"{}", headers={"Content-Encoding": "br"})
+        refused(reply, 415, "content encoding br isn't read here; send gzip, deflate or none")
+
+
+def test_of_many_pictures_the_bad_one_is_named(client: TestClient) -> None:
+    behind = strings(grey(1), b"no picture", grey(2))
+    inputs = [PICTURES | {"shape": [3], "parameters": {"binary_data_size": len(behind)}}]
+    body, headers = packed({"inputs": inputs}, behind)
+    reply = client.post(INFER, content=body, headers=headers)
+    assert reply.json()["error"].startswith("picture 1 of 3: ")
+    refused(reply, 400, reply.json()["error"])
+
+
+def test_a_model_that_fails_is_said_to_fail(settings: Settings, artifacts: Any) -> None:
+    make_bundle(artifacts, "fragile", module=Fragile())
+    with application(settings) as client:
+        question = {"inputs": [tensor(1, data=[255] * 64)]}
+        reply = client.post("/v2/models/fragile/infer", json=question)
+        refused(reply, 500, "the model failed on this picture (Error)")
+
+
+def test_a_time_that_is_too_short_is_kept_to(client: TestClient) -> None:
+    body, headers = asking(1, timeout=1)
+    reply = client.post(INFER, content=body, headers=headers)
+    refused(reply, 504, "the deadline passed in the queue stage")
+
+
+# --- statistics ---
+
+
+def test_statistics_count_pictures_batches_and_failures(client: TestClient) -> None:
+    def counted() -> dict[str, Any]:
+        (found,) = client.get("/v2/models/greys/versions/1/stats").json()["model_stats"]
+        assert client.get("/v2/models/greys/stats").json() == client.get("/v2/models/stats").json()
+        return dict(found)
+
+    body, headers = asking(1, 2, 3)
+    before = counted()
+    for _ in range(4):
+        assert client.post(INFER, content=body, headers=headers).status_code == 200
+    late, headers = asking(1, timeout=1)
+    assert client.post(INFER, content=late, headers=headers).status_code == 504
+    after = counted()
+    assert (after["name"], after["version"]) == ("greys", "1")
+    assert after["inference_count"] - before["inference_count"] == 12
+    assert after["execution_count"] - before["execution_count"] == 4
+    assert after["last_inference"] > before["last_inference"]
+    grown = {
+        name: {part: after["inference_stats"][name][part] - before["inference_stats"][name][part] for part in figures}
+        for name, figures in after["inference_stats"].items()
+    }
+    counts = {name: figures["count"] for name, figures in grown.items()}
+    stages = dict.fromkeys(("success", "queue", "compute_input", "compute_infer", "compute_output"), 4)
+    assert counts == stages | {"fail": 1}
+    parts = sum(grown[name]["ns"] for name in stages if name != "success")
+    assert parts == pytest.approx(grown["success"]["ns"], rel=1e-6)
+    assert all(figures["ns"] > 0 for name, figures in grown.items())
+
+
+# --- the repository ---
+
+
+def test_a_model_that_is_unloaded_answers_nobody_until_it_is_loaded(settings: Settings) -> None:
+    def index(**body: object) -> Any:
+        return client.post("/v2/repository/index", content=json.dumps(body) if body else b"").json()
+
+    with TestClient(create_app(settings)) as client:
+        loaded = {"name": "greys", "version": "1", "state": "READY", "reason": ""}
+        assert index() == [loaded]
+        assert (
+            client.post("/v2/repository/models/greys/unload", json={"parameters": {"unload_dependents": False}}).json()
+            == {}
+        )
+        assert index() == [loaded | {"state": "UNAVAILABLE", "reason": "unloaded"}]
+        assert index(ready=True) == []
+        body, headers = asking(3)
+        error = "model greys is unloaded; let it answer again: POST /v2/repository/models/greys/load"
+        for path in (INFER, "/v2/models/greys/versions/1/infer"):
+            refused(client.post(path, content=body, headers=headers), 404, error)
+        assert client.post("/predict", content=grey(1), headers={"Content-Type": "image/png"}).json()["code"] == (
+            "model_unloaded"
+        )
+        ready = client.get("/v2/models/greys/ready")
+        assert (ready.status_code, ready.json()) == (503, {"name": "greys", "ready": False, "error": error})
+        assert client.get("/v2/health/ready").status_code == 503
+        assert client.get("/info").json()["engines"] == []
+    with application(settings) as client:  # also after a restart, until it is loaded
+        assert index() == [loaded | {"state": "UNAVAILABLE", "reason": "unloaded"}]
+        assert client.post("/v2/repository/models/greys/load", content=b"{}").json() == {}
+        assert index(ready=True) == [loaded]
+        assert client.post("/v2/repository/models/greys/load").json() == {}
+
+
+def test_what_is_loaded_comes_from_the_folder_and_not_from_the_request(client: TestClient) -> None:
+    parameters = {"config": "{}", "file:1/model.pt": "AAAA"}
+    reply = client.post("/v2/repository/models/greys/load", json={"parameters": parameters})
+    error = "a model's files and configuration can't be sent here: publish a version (safelight train, POST /train)"
+    refused(reply, 501, error)
+    refused(client.post("/v2/repository/models/pets/load"), 404, "there is no model 'pets'; there is greys")
+    refused(client.post("/v2/repository/models/pets/unload"), 404, "there is no model 'pets'; there is greys")
+    assert client.post("/v2/repository/index", content=b"[]").status_code == 400
