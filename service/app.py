@@ -104,6 +104,7 @@ def engine_limits(settings: Settings) -> Limits:
         max_pixels=settings.max_image_pixels,
         loaded_versions=settings.loaded_versions,
         rescan_seconds=settings.rescan_seconds,
+        cache_bytes=settings.cache_mb * 1_000_000,
     )
 
 

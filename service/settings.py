@@ -70,6 +70,9 @@ class Settings(BaseSettings):
         ge=1,
         description="Pictures of one version that may wait or be decoded at once; beyond that, 429 with Retry-After.",
     )
+    cache_mb: int = Field(
+        0, ge=0, description="Memory, in each worker, for answers to pictures that come again; 0: none are kept."
+    )
     deadline_seconds: float = Field(
         10.0, gt=0, description="A request is answered within this time or with 504; X-Deadline-Ms may ask for less."
     )

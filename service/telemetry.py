@@ -32,6 +32,11 @@ STAGE_SECONDS = Histogram(
     ["stage", "model", "version"],
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
+CACHE_SECONDS = Summary(
+    "safelight_cache_seconds",
+    "Time that looking for a picture in the cache took, by whether it was there.",
+    ["outcome", "model", "version"],
+)
 FAILED_SECONDS = Summary(
     "safelight_failed_seconds", "Time that requests took which failed as a whole.", ["model", "version"]
 )
@@ -56,14 +61,14 @@ def exposition() -> bytes:
 
 
 def figures(model: str, version: str) -> dict[str, float]:
-    """What was counted of one version: sums and counts by name, as `safelight_stage_seconds_sum:decode`."""
+    """What was counted of one version: sums and counts by name and, with a colon, their stage or outcome."""
     wanted = {"model": model, "version": version}
     found = {}
     for family in _all_workers().collect():
         for sample in family.samples:
             if wanted.items() <= sample.labels.items() and not sample.name.endswith("_bucket"):
-                stage = sample.labels.get("stage")
-                found[f"{sample.name}:{stage}" if stage else sample.name] = sample.value
+                parts = [sample.labels[label] for label in ("stage", "outcome") if label in sample.labels]
+                found[":".join([sample.name, *parts])] = sample.value
     return found
 
 

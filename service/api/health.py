@@ -65,6 +65,7 @@ async def info(registry: RegistryDep, settings: SettingsDep) -> Info:
             "max_images": settings.max_images,
             "max_batch": settings.max_batch,
             "queue_size": settings.queue_size,
+            "cache_mb": settings.cache_mb,
             "deadline_seconds": settings.deadline_seconds,
         },
         engines=[

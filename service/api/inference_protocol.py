@@ -20,11 +20,12 @@ from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
 from service.api.direct import Direct
-from service.inference.predictor import Picture, Row
+from service.inference.predictor import Picture
 from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
 from service.telemetry import figures
 from training import SafelightError, __version__
+from training.bundle.answers import Row
 from training.bundle.images import ImageRejected
 from training.bundle.manifest import Manifest
 
@@ -169,6 +170,8 @@ def _statistics(entry: Entry) -> dict[str, Any]:
             "compute_input": stages["decode"],
             "compute_infer": stages["infer"],
             "compute_output": {"count": stages["total"]["count"], "ns": max(0, rest)},
+            "cache_hit": duration("cache_seconds", ":hit"),
+            "cache_miss": duration("cache_seconds", ":miss"),
         },
         "batch_stats": [],
     }

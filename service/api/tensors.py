@@ -18,7 +18,8 @@ from pydantic_core import to_json
 
 from service.api.bodies import from_base64
 from service.errors import MalformedBody, NoImages, TensorInvalid, TooManyImages
-from service.inference.predictor import Picture, Row
+from service.inference.predictor import Picture
+from training.bundle.answers import Row
 from training.bundle.images import Pixels
 from training.bundle.manifest import InputSpec, Manifest
 

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, TopKOutOfRange
 from service.inference.batcher import Batcher, Run
+from service.inference.cache import Cache, digest_of, key_of
 from service.inference.engine import Engine
-from service.telemetry import FAILED_SECONDS, IMAGES, STAGE_SECONDS
+from service.telemetry import CACHE_SECONDS, FAILED_SECONDS, IMAGES, STAGE_SECONDS
 from training import SafelightError
-from training.bundle.answers import Answer, Ranking, rank
+from training.bundle.answers import Answer, Row, rank
 from training.bundle.images import ImageRejected, Pixels, decode, is_quick
 
 Picture = bytes | Pixels | SafelightError  # pixels are as the network takes them; a failure keeps its place
-Row = tuple[Ranking, int]  # what a batch's logits say, and which of its pictures is meant
 
 MOST_AT_ONCE = 16  # quick pictures that are decoded on the event loop: about a millisecond's work
 STAGES = ("decode", "queue", "infer", "total")
@@ -56,16 +56,26 @@ def ranked(engine: Engine) -> Run[Row]:
 
 class Predictor:
     def __init__(
-        self, engine: Engine, batcher: Batcher[Row], decoders: Executor, *, threads: int, max_pixels: int
+        self,
+        engine: Engine,
+        batcher: Batcher[Row],
+        decoders: Executor,
+        cache: Cache | None,
+        *,
+        threads: int,
+        max_pixels: int,
     ) -> None:
         self.engine = engine
         self.manifest = engine.manifest
         self._batcher = batcher
         self._decoders = decoders
+        self._cache = cache
+        self._digest = digest_of(self.manifest)
         self._threads = threads
         self._max_pixels = max_pixels
         names = self.manifest.model, self.manifest.version
         self._images = IMAGES.labels(*names)
+        self._cache_seconds = [CACHE_SECONDS.labels(outcome, *names) for outcome in ("miss", "hit")]
         self._failed_seconds = FAILED_SECONDS.labels(*names)
         self._stage_seconds = {stage: STAGE_SECONDS.labels(stage, *names) for stage in STAGES}
 
@@ -91,12 +101,40 @@ class Predictor:
         """
         begun = time.perf_counter()
         try:
-            computed = await self._compute(pictures, deadline)
+            if self._cache is None:
+                computed = await self._compute(pictures, deadline)
+            else:
+                computed = await self._compute_unknown(self._cache, pictures, deadline)
         except SafelightError:
             self._failed_seconds.observe(time.perf_counter() - begun)
             raise
         self._observe(computed, time.perf_counter() - begun)
         return computed
+
+    async def _compute_unknown(self, cache: Cache, pictures: Sequence[Picture], deadline: float) -> Computed:
+        """Run the model on those pictures only that the cache knows nothing of."""
+        outcomes: dict[int, Row | SafelightError] = {}
+        keys: dict[int, bytes] = {}  # of those that it doesn't know, by their places
+        for place, picture in enumerate(pictures):
+            if isinstance(picture, SafelightError):
+                outcomes[place] = picture
+                continue
+            begun = time.perf_counter()
+            key = key_of(self._digest, picture)
+            row = cache.get(key)
+            if row is None:
+                keys[place] = key
+            else:
+                outcomes[place] = row
+            self._cache_seconds[row is not None].observe(time.perf_counter() - begun)
+        if not keys:
+            return Computed([outcomes[place] for place in range(len(pictures))], {})
+        computed = await self._compute([pictures[place] for place in keys], deadline)
+        for (place, key), outcome in zip(keys.items(), computed.outcomes, strict=True):
+            outcomes[place] = outcome
+            if not isinstance(outcome, SafelightError):
+                cache.put(key, outcome)
+        return Computed([outcomes[place] for place in range(len(pictures))], computed.seconds)
 
     async def _compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
         with self._batcher.admit(len(pictures)):

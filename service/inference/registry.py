@@ -32,6 +32,7 @@ from service.errors import (
 )
 from service.inference import engine
 from service.inference.batcher import Batcher
+from service.inference.cache import Cache
 from service.inference.predictor import Predictor, ranked
 from service.telemetry import BATCH_SIZE, LAST_BATCH, PENDING, logger
 from training.bundle import store
@@ -53,6 +54,7 @@ class Limits:
     max_pixels: int
     loaded_versions: int
     rescan_seconds: float
+    cache_bytes: int = 0
 
 
 @dataclass(eq=False)
@@ -108,6 +110,7 @@ class Registry:
         self._engines = ThreadPoolExecutor(1, "engine")
         self._decoders = ThreadPoolExecutor(limits.threads, "decode")
         self._loader = ThreadPoolExecutor(1, "loader")
+        self._cache = Cache(limits.cache_bytes) if limits.cache_bytes else None
         self._tasks: set[asyncio.Task[object]] = set()  # the event loop itself holds tasks only weakly
 
     @classmethod
@@ -384,7 +387,7 @@ class Registry:
             meter=_Meter(ref),
         )
         return Predictor(
-            loaded, batcher, self._decoders, threads=self.limits.threads, max_pixels=self.limits.max_pixels
+            loaded, batcher, self._decoders, self._cache, threads=self.limits.threads, max_pixels=self.limits.max_pixels
         )
 
     def _unload(self, entry: Entry) -> None:

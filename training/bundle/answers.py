@@ -64,11 +64,25 @@ class Ranking:
     chances: Probabilities  # [N, K]
     familiar: NDArray[np.bool_]  # [N]
 
+    def only(self, row: int) -> "Ranking":
+        """A ranking of one row, which keeps nothing of the others alive."""
+        one = slice(row, row + 1)
+        return Ranking(
+            self.classes,
+            self.logits[one].copy(),
+            self.order[one].copy(),
+            self.chances[one].copy(),
+            self.familiar[one].copy(),
+        )
+
     def answer(self, row: int, top_k: int) -> Answer:
         best = self.order[row, :top_k]
         chances = self.chances[row, best].tolist()
         scores = tuple(map(Ranked, [self.classes[index] for index in best], best.tolist(), chances))
         return Answer(scores, bool(self.familiar[row]))
+
+
+Row = tuple[Ranking, int]  # what a batch's logits say, and which of its pictures is meant
 
 
 def rank(logits: Logits, manifest: Manifest) -> Ranking:

@@ -507,10 +507,10 @@ def test_statistics_count_pictures_batches_and_failures(client: TestClient) -> N
     }
     counts = {name: figures["count"] for name, figures in grown.items()}
     stages = dict.fromkeys(("success", "queue", "compute_input", "compute_infer", "compute_output"), 4)
-    assert counts == stages | {"fail": 1}
+    assert counts == stages | {"fail": 1, "cache_hit": 0, "cache_miss": 0}
     parts = sum(grown[name]["ns"] for name in stages if name != "success")
     assert parts == pytest.approx(grown["success"]["ns"], rel=1e-6)
-    assert all(figures["ns"] > 0 for name, figures in grown.items())
+    assert all((figures["ns"] > 0) == (figures["count"] > 0) for figures in grown.values())
 
 
 # --- the repository ---
