@@ -105,6 +105,7 @@ def engine_limits(settings: Settings) -> Limits:
         loaded_versions=settings.loaded_versions,
         rescan_seconds=settings.rescan_seconds,
         cache_bytes=settings.cache_mb * 1_000_000,
+        precision=settings.precision,
     )
 
 

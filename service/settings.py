@@ -40,6 +40,11 @@ class Settings(BaseSettings):
         None, description="Folder with MNIST and CIFAR-10, for training and for data sets made of them."
     )
     device: str = Field("auto", description="auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu.")
+    precision: Literal["auto", "float32"] = Field(
+        "auto",
+        description="float32: in no coarser arithmetic. auto: in the fastest whose answers are near enough, see "
+        "bundle-format.md.",
+    )
     default_model: ModelName = Field("mnist", description="The model that answers when a request names none.")
     threads: int = Field(
         0, ge=0, le=1024, description="Threads of the engine; 0: the processors of this container divided by workers."

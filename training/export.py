@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from training import SafelightError, report
 from training.bundle import store
 from training.bundle.golden import Golden, GoldenMismatch, compare, read_golden, write_golden
+from training.bundle.int8 import INT8, Int8, write_int8
 from training.bundle.manifest import (
     CHECKPOINT,
     GOLDEN,
@@ -134,6 +135,7 @@ def export(
     artifacts: Path,
     *,
     replay: Replay | None = None,
+    int8: Int8 | None = None,
     gate: dict[str, Any] | None = None,
 ) -> BundleRef:
     """Write, load back, compare, publish. Raises ExportFailed where the comparison fails; then nothing is published."""
@@ -170,6 +172,8 @@ def export(
         )
         if replay is not None:
             write_replay(folder / REPLAY, replay)
+        if int8 is not None:
+            write_int8(folder / INT8, int8)
         draft = describe("1", folder)  # the number is given at the end, by publish
         _check(folder, draft)
         report.write(folder / "report", draft, history, measured.confusion, gate)

@@ -37,6 +37,7 @@ from training.loop import Emit, Interrupted, arithmetic_of
 from training.memory import remember
 from training.networks import ConvNet, parameters
 from training.processors import processors
+from training.quantize import int8_form
 from training.task import Past, Pictures, Plan, Task
 
 RUN = "run.json"
@@ -44,6 +45,7 @@ EVENTS = "events.jsonl"
 DATA = "data"
 
 TIMED_ROUNDS = 30
+CHECKED_IN_INT8 = 1000  # test pictures at most; more would take longer than they tell
 
 
 class RunInvalid(SafelightError):
@@ -111,7 +113,7 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
             tell(events.Phase(phase="judging", step=0, steps=2))
             measured, verdict = judge(task, candidate, options)
         tell(events.Phase(phase="judging", step=1, steps=2))
-        ref = publish(task, candidate, measured, verdict, working_time() - begun, options)
+        ref = publish(task, candidate, measured, verdict, working_time() - begun, options, tell)
         tell(events.Published(model=ref.model, version=ref.version, accuracy=measured.metrics.accuracy))
         result = decide(task, ref, measured, verdict, options) | {"seconds": round(working_time() - begun, 1)}
         tell(events.Decided(result=result))
@@ -346,7 +348,13 @@ def costs(candidate: ConvNet, rival: Rival | None, task: Task) -> tuple[gate.Cos
 
 
 def publish(
-    task: Task, candidate: Candidate, measured: Measured, verdict: gate.Verdict, seconds: float, options: Options
+    task: Task,
+    candidate: Candidate,
+    measured: Measured,
+    verdict: gate.Verdict,
+    seconds: float,
+    options: Options,
+    tell: Emit,
 ) -> BundleRef:
     """Publish the candidate as the next version, which answers only those who ask for it by number.
 
@@ -383,9 +391,10 @@ def publish(
         return published
     if not store.versions(options.artifacts, plan.name):
         store.hold_back(options.artifacts, plan.name)  # else the only version would answer, whatever the gate says
-    memory = remember(
-        candidate.network, task.split[candidate.trained_on], task.split[candidate.test], len(task.classes)
-    )
+    train, test = task.split[candidate.trained_on], task.split[candidate.test]
+    memory = remember(candidate.network, train, test, len(task.classes))
+    some = test[torch.arange(0, len(test), -(-len(test) // CHECKED_IN_INT8))]
+    int8 = int8_form(candidate.network, train, some, origin.input, measured.calibration.temperature, tell)
     return export(
         candidate.network,
         origin,
@@ -393,6 +402,7 @@ def publish(
         candidate.history,
         options.artifacts,
         replay=memory,
+        int8=int8,
         gate=verdict.model_dump(mode="json"),
     )
 

@@ -12,6 +12,7 @@ from training.bundle import store
 from training.bundle.answers import Answer, answers
 from training.bundle.golden import GoldenMismatch, compare, read_golden
 from training.bundle.images import ImageRejected, decode
+from training.bundle.int8 import INT8, MAX_DEVIATION, deviation, read_int8
 from training.bundle.manifest import CHECKPOINT, GOLDEN, MODULE, Manifest, Metrics
 from training.bundle.store import BundleRef, FileMalformed
 from training.checkpoint import CheckpointError, load_network
@@ -19,6 +20,7 @@ from training.devices import choose_device
 from training.evaluate import confusion, infer, metrics
 from training.export import read_module
 from training.layout import BUILT_IN
+from training.quantize import golden_logits
 
 MAX_LOGIT_DIFFERENCE = 1e-3  # ten times what export allows: another processor adds in another order
 
@@ -66,6 +68,10 @@ def verify(ref: BundleRef, artifacts: Path) -> None:
         agreement = compare(golden.logits, logits, manifest.calibration.temperature)
         if agreement.logit_difference > MAX_LOGIT_DIFFERENCE:
             raise GoldenMismatch(f"{name} misses the golden logits by {agreement.logit_difference:.1e}")
+    if (int8 := read_int8(folder / INT8)) is not None:
+        found = deviation(int8.logits, golden_logits(network.folded(), int8.ranges, torch.from_numpy(golden.images)))
+        if found > MAX_DEVIATION:
+            raise GoldenMismatch(f"{INT8} deviates from its golden logits by {found:.4f}")
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from training.loop import CHECKPOINT, Diverged, Emit, Trained, train
 from training.memory import remember
 from training.networks import cost
 from training.processors import processors
+from training.quantize import int8_form
 from training.recipes import Recipe
 
 RUN = "run.json"
@@ -110,7 +111,7 @@ def _execute(
     report.learning_curve(folder / LEARNING_CURVE, trained.history)
     if not publish:
         return None
-    published = _publish(plan, trained, dataset, options)
+    published = _publish(plan, trained, dataset, options, tell)
     ref, accuracy = published.ref, published.metrics.accuracy
     tell(events.Published(model=ref.model, version=ref.version, accuracy=accuracy))
     return published
@@ -123,11 +124,13 @@ def require_finished(folder: Path) -> None:
         raise RunError(f"{folder} stands at step {step} of {steps}; go on with it: safelight train --resume {folder}")
 
 
-def _publish(plan: Plan, trained: Trained, dataset: datasets.Dataset, options: Options) -> Published:
+def _publish(plan: Plan, trained: Trained, dataset: datasets.Dataset, options: Options, tell: Emit) -> Published:
     measured = measure(trained, dataset, plan.recipe)
     what = origin(trained, dataset, plan.recipe, seed=plan.seed, model=plan.model)
     memory = remember(trained.network, trained.train, dataset.test, len(dataset.classes))
-    ref = export(trained.network, what, measured, trained.history, options.artifacts, replay=memory)
+    temperature = measured.calibration.temperature
+    int8 = int8_form(trained.network, trained.train, dataset.test, plan.recipe.input, temperature, tell)
+    ref = export(trained.network, what, measured, trained.history, options.artifacts, replay=memory, int8=int8)
     if options.activate or store.versions(options.artifacts, plan.model) == [ref]:
         store.activate(options.artifacts, ref)
     is_active = store.answering(options.artifacts, plan.model) == ref

@@ -1,8 +1,8 @@
 """One loaded bundle on one device: a uint8 batch in, logits out.
 
 At load the bundle is verified, then every way to run it that this machine offers is timed; the fastest that agrees with
-float32 on the golden samples is kept. Knows nothing of HTTP, of picture files, or of who is waiting. One of the two
-places that know `torch.jit`.
+float32 on the golden samples, or in int8 with what its exporter measured, is kept. Knows nothing of HTTP, of picture
+files, or of who is waiting. One of the two places that know `torch.jit`.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +23,13 @@ from torch import nn
 from service.telemetry import logger
 from training.bundle import store
 from training.bundle.answers import Logits
-from training.bundle.golden import Golden, GoldenMismatch, compare, read_golden
+from training.bundle.golden import Agreement, Golden, GoldenMismatch, compare, read_golden
+from training.bundle.int8 import INT8, MAX_DEVIATION, Int8, Ranges, deviation, read_int8
 from training.bundle.manifest import GOLDEN, MODULE, BundleError, Manifest
 
 Images = NDArray[np.uint8]  # [N, C, H, W]
 Runner = Callable[[Images], Logits]
+Precision = Literal["auto", "float32"]
 
 # How far a faster way may stray from float32 on the golden samples, and float32 here from float32 at the exporter's.
 MAX_ARGMAX_DIFFERENCES = 1
@@ -78,7 +80,7 @@ class Engine:
         return milliseconds / 1000 / batch
 
 
-def load(folder: Path, manifest: Manifest, device: torch.device) -> Engine:
+def load(folder: Path, manifest: Manifest, device: torch.device, precision: Precision = "auto") -> Engine:
     """Verify a bundle, choose how to run it, and warm it up. Raises BundleError with the reason for a bad one."""
     store.check_files(folder, manifest)
     store.check_checkpoint(folder, manifest)
@@ -86,10 +88,11 @@ def load(folder: Path, manifest: Manifest, device: torch.device) -> Engine:
     module = _read_module(folder / MODULE)
     reference = _reference(module, golden, manifest)
     timings, runners = [], {}
-    for name, make in _candidates(folder / MODULE, manifest, device):
+    int8 = read_int8(folder / INT8) if INT8 in manifest.files else None
+    for name, make in _candidates(folder / MODULE, manifest, device, precision, int8):
         try:
             runner = make()
-            timings.append(_time(name, runner, golden, reference, manifest))
+            timings.append(_time(name, runner, golden, reference, manifest, int8 if name == OPENVINO_INT8 else None))
         except Exception as error:  # a backend that can't run this module, whatever it raises, is merely not chosen
             logger.warning("candidate failed", extra={"candidate": name, "reason": _last_line(error)})
             continue
@@ -116,16 +119,30 @@ def _reference(module: nn.Module, golden: Golden, manifest: Manifest) -> Logits:
     return logits
 
 
-def _time(name: str, runner: Runner, golden: Golden, reference: Logits, manifest: Manifest) -> Timing:
+def _time(
+    name: str, runner: Runner, golden: Golden, reference: Logits, manifest: Manifest, int8: Int8 | None = None
+) -> Timing:
+    """Time a way to run a bundle, and judge it: by float32 on the golden samples, or by what `int8` should be."""
     logits = np.concatenate([runner(chunk) for chunk in np.array_split(golden.images, 8)])
     agreement = compare(reference, logits, manifest.calibration.temperature)
-    refused = None
-    if agreement.argmax_differences > MAX_ARGMAX_DIFFERENCES:
-        refused = f"{agreement.argmax_differences} of {len(logits)} best classes differ from float32"
-    elif agreement.probability_difference > MAX_PROBABILITY_DIFFERENCE:
-        refused = f"a probability differs from float32 by {agreement.probability_difference:.3f}"
+    refused = _beyond_float32(agreement, len(logits)) if int8 is None else _beyond_measured(int8, logits)
     milliseconds = {batch: _median_milliseconds(runner, golden.images[:batch]) for batch in TIMED_BATCHES}
     return Timing(name, milliseconds, agreement.argmax_differences, agreement.probability_difference, refused)
+
+
+def _beyond_float32(agreement: Agreement, samples: int) -> str | None:
+    if agreement.argmax_differences > MAX_ARGMAX_DIFFERENCES:
+        return f"{agreement.argmax_differences} of {samples} best classes differ from float32"
+    if agreement.probability_difference > MAX_PROBABILITY_DIFFERENCE:
+        return f"a probability differs from float32 by {agreement.probability_difference:.3f}"
+    return None
+
+
+def _beyond_measured(int8: Int8, logits: Logits) -> str | None:
+    """Golden samples are nearer to a tie than int8 is to float32; so they only show that this is what was measured."""
+    if (found := deviation(int8.logits, logits)) > MAX_DEVIATION:
+        return f"its golden logits deviate from the exporter's by {found:.4f} (allowed: {MAX_DEVIATION})"
+    return int8.figures.objection()
 
 
 def _median_milliseconds(runner: Runner, images: Images) -> float:
@@ -139,16 +156,26 @@ def _median_milliseconds(runner: Runner, images: Images) -> float:
     return statistics.median(seconds) * 1000
 
 
-def _candidates(path: Path, manifest: Manifest, device: torch.device) -> Iterator[tuple[str, Callable[[], Runner]]]:
+def _candidates(
+    path: Path, manifest: Manifest, device: torch.device, precision: Precision, int8: Int8 | None
+) -> Iterator[tuple[str, Callable[[], Runner]]]:
     """Every way to run a module on this device, by name."""
     yield "torchscript float32", lambda: _torch_runner(_read_module(path), device, torch.float32)
-    if device.type == "cpu":
-        if torch.cpu.get_capabilities().get("amx_bf16", False):
-            yield "torchscript bfloat16", lambda: _torch_runner(_read_module(path), device, torch.bfloat16)
-        for precision in _openvino_precisions():
-            yield f"openvino {precision}", partial(_openvino_runner, path, manifest, precision)
-    else:
-        yield "torchscript float16", lambda: _torch_runner(_read_module(path), device, torch.float16)
+    lower, capabilities = precision == "auto", torch.cpu.get_capabilities()
+    if device.type != "cpu":
+        if lower:
+            yield "torchscript float16", lambda: _torch_runner(_read_module(path), device, torch.float16)
+        return
+    amx = lower and capabilities.get("amx_bf16", False)
+    if amx:
+        yield "torchscript bfloat16", lambda: _torch_runner(_read_module(path), device, torch.bfloat16)
+    if not _has_openvino():
+        return
+    yield "openvino f32", partial(_openvino_runner, path, manifest, "f32")
+    if amx:  # without its tiles bf16 is slower than f32
+        yield "openvino bf16", partial(_openvino_runner, path, manifest, "bf16")
+    if lower and int8 and (capabilities.get("avx512_vnni", False) or capabilities.get("avx_vnni", False)):
+        yield OPENVINO_INT8, partial(_openvino_runner, path, manifest, "f32", int8.ranges)
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------
@@ -193,16 +220,29 @@ def _last_line(error: Exception) -> str:
 # --- OpenVINO ---------------------------------------------------------------------------------------------------------
 
 
-def _openvino_precisions() -> list[str]:
-    """What OpenVINO can compute fast here: bf16 only with AMX; without its tiles it is slower than f32."""
+OPENVINO_INT8 = "openvino int8"
+
+
+def _has_openvino() -> bool:
     try:
         import openvino  # noqa: F401 - 0.2 s to import, and absent where it has no wheels
     except ImportError:
-        return []
-    return ["f32", "bf16"] if torch.cpu.get_capabilities().get("amx_bf16", False) else ["f32"]
+        return False
+    return True
 
 
-def _openvino_runner(path: Path, manifest: Manifest, precision: str) -> Runner:
+def _openvino_runner(path: Path, manifest: Manifest, precision: str, ranges: Ranges | None = None) -> Runner:
+    request = _openvino_model(path, manifest, precision, ranges).create_infer_request()
+
+    def run(images: Images) -> Logits:
+        request.infer({0: images}, share_inputs=True)
+        return request.get_output_tensor(0).data.copy()  # the next run writes over it
+
+    return run
+
+
+def _openvino_model(path: Path, manifest: Manifest, precision: str, ranges: Ranges | None) -> Any:
+    """With `ranges` for its convolutions' inputs, these run in int8 and the rest in `precision`."""
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -217,19 +257,15 @@ def _openvino_runner(path: Path, manifest: Manifest, precision: str) -> Runner:
     pixels.set_element_type(openvino.Type.u8)
     pixels.set_partial_shape(openvino.PartialShape([-1, *shape]))
     _move_biases_behind_pools(model)
+    if ranges is not None:
+        _quantize(model, ranges)
     model.validate_nodes_and_infer_types()
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
-
-    def run(images: Images) -> Logits:
-        request.infer({0: images}, share_inputs=True)
-        return request.get_output_tensor(0).data.copy()  # the next run writes over it
-
-    return run
+    return openvino.Core().compile_model(model, "CPU", options)
 
 
 def _move_biases_behind_pools(model: Any) -> None:
@@ -252,3 +288,25 @@ def _move_biases_behind_pools(model: Any) -> None:
         shifted = opset13.add(pool.output(0), bias)
         for user in users:
             user.replace_source_output(shifted.output(0))
+
+
+def _quantize(model: Any, ranges: Ranges) -> None:
+    """Round what goes into the last convolutions, one for each range; the compiler then computes them on bytes.
+
+    Weights are rounded to 255 steps between plus and minus the largest of their output channel.
+    """
+    from openvino import opset13
+
+    def rounded(values: Any, low: NDArray[np.float32], high: NDArray[np.float32], levels: int) -> Any:
+        bounds = opset13.constant(low), opset13.constant(high)
+        return opset13.fake_quantize(values, *bounds, *bounds, levels).output(0)
+
+    convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
+    if not 0 < len(ranges) <= len(convolutions):
+        raise ValueError(f"there are {len(convolutions)} convolutions and {len(ranges)} ranges")
+    convolutions = convolutions[-len(ranges) :]
+    for node, scale, zero in zip(convolutions, ranges.scales, ranges.zeros.astype(np.float32), strict=True):
+        x, weights = node.input_values()
+        node.input(0).replace_source_output(rounded(x, -zero * scale, (255 - zero) * scale, 256))
+        largest = np.abs(weights.get_node().data).max((1, 2, 3), keepdims=True).clip(1e-12)
+        node.input(1).replace_source_output(rounded(weights, -largest, largest, 255))

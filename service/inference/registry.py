@@ -55,6 +55,7 @@ class Limits:
     loaded_versions: int
     rescan_seconds: float
     cache_bytes: int = 0
+    precision: engine.Precision = "auto"
 
 
 @dataclass(eq=False)
@@ -362,7 +363,9 @@ class Registry:
         try:
             entry.manifest = await loop.run_in_executor(self._loader, store.read_manifest, self.artifacts, entry.ref)
             folder = entry.ref.path(self.artifacts)
-            loaded = await loop.run_in_executor(self._loader, engine.load, folder, entry.manifest, self.limits.device)
+            loaded = await loop.run_in_executor(
+                self._loader, engine.load, folder, entry.manifest, self.limits.device, self.limits.precision
+            )
         except Exception as error:  # a bundle is somebody's program: whatever it raises, only this version suffers
             foreseen = isinstance(error, (BundleError, OSError))
             entry.reason = str(error) if foreseen else f"its verification failed: {error!r}"

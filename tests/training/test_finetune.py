@@ -15,6 +15,7 @@ from PIL import Image
 from tests.tiny import squares, write_class_folders
 from training import archives, events, finetune, intake, tune
 from training.bundle import store
+from training.bundle.int8 import INT8, read_int8
 from training.bundle.replay import REPLAY, read_replay
 from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
@@ -119,6 +120,9 @@ def test_new_classes_become_a_new_model_that_answers(tmp_path: Path, tiny: Path)
     assert manifest.parent.weights_sha256 == weights(tiny, TINY)
     assert json.loads((ref.path(tiny) / "report" / "metrics.json").read_text())["gate"]["decision"] == "promote"
     assert read_replay(ref.path(tiny) / REPLAY) is not None
+    int8 = read_int8(ref.path(tiny) / INT8)
+    assert int8 is not None
+    assert (int8.figures.n, int8.figures.objection()) == (manifest.training.dataset.test, None)
 
 
 def test_the_events_tell_the_whole_story(tmp_path: Path, tiny: Path) -> None:

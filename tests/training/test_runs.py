@@ -11,6 +11,7 @@ from PIL import Image
 from tests.tiny import TINY, squares, write_class_folders
 from training import events, runs
 from training.bundle import store
+from training.bundle.int8 import INT8, read_int8
 from training.bundle.store import BundleRef
 from training.checkpoint import CheckpointError
 from training.layout import DatasetError
@@ -98,6 +99,9 @@ def test_a_run_ends_as_a_version(run: Path, options: Options) -> None:
         "accuracy": manifest.metrics.accuracy,
     }
     assert [events.parse(line) for line in (run / runs.EVENTS).read_text().splitlines()] == told
+    int8 = read_int8(BundleRef("tiny", "1").path(options.artifacts) / INT8)
+    assert int8 is not None
+    assert (int8.figures.n, int8.figures.float32_accuracy) == (manifest.metrics.n, manifest.metrics.accuracy)
 
 
 @pytest.mark.parametrize(("activate", "active"), [(False, "1"), (True, "2")])

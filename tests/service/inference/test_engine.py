@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,16 @@ import torch
 from torch import nn
 
 from service.inference import engine
-from tests.tiny import GREYS, SPEC, Fragile, Greys, Pair, flip_a_bit, make_bundle
+from tests.tiny import GREYS, SPEC, Fragile, Greys, Pair, flip_a_bit, make_bundle, reseal
 from training.bundle import store
 from training.bundle.answers import Logits
 from training.bundle.golden import read_golden
+from training.bundle.int8 import INT8, MAX_DEVIATION, Figures, Ranges, deviation, read_int8, write_int8
 from training.bundle.manifest import CHECKPOINT, GOLDEN, MANIFEST, MODULE, BundleError, Manifest
 from training.bundle.store import BundleRef, file_facts
+from training.datasets import Split
 from training.networks.convnet import Activation, ConvNet
+from training.quantize import quantize
 
 CPU = torch.device("cpu")
 
@@ -120,6 +124,89 @@ def test_openvino_computes_pool_and_activation_in_their_order(tmp_path: Path, ac
     golden = read_golden(folder / GOLDEN, manifest)
     logits = engine._openvino_runner(folder / MODULE, manifest, "f32")(golden.images)
     np.testing.assert_allclose(logits, golden.logits, atol=1e-4 * np.abs(golden.logits).max())
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> BundleRef:
+    """A bundle of a small network with an int8 form, on a processor that has the instructions for it."""
+    pytest.importorskip("openvino", reason="has wheels for x86 only")
+    if not torch.cpu.get_capabilities().get("avx512_vnni", False):
+        pytest.skip("int8 needs a processor with VNNI")
+    pixels = torch.randint(256, (64, *SPEC.shape), dtype=torch.uint8, generator=torch.manual_seed(0))
+    network = ConvNet(channels=1, classes=16, widths=[16, 16], stem_width=8, stem_kernel=3, activation="silu")
+    network.initialize(pixels)
+    with pytest.warns(Warning, match="torch.jit.trace"):
+        ref = make_bundle(tmp_path, module=torch.jit.trace(network.eval().folded(), pixels))
+    folder = ref.path(tmp_path)
+    golden = torch.from_numpy(read_golden(folder / GOLDEN, store.read_manifest(tmp_path, ref)).images)
+    checked = Split(pixels, torch.zeros(64, dtype=torch.int64))
+    write_int8(folder / INT8, quantize(network, pixels, checked, golden, 1.0))
+    reseal(folder)
+    return ref
+
+
+def timing_of(loaded: engine.Engine) -> engine.Timing:
+    (timing,) = (timing for timing in loaded.timings if timing.name == "openvino int8")
+    return timing
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    int8 = read_int8(folder / INT8)
+    assert int8 is not None
+    write_int8(folder / INT8, replace(int8, **changes))
+    reseal(folder)
+
+
+def test_int8_answers_what_its_exporter_saw(tmp_path: Path, quantized: BundleRef) -> None:
+    folder, manifest = quantized.path(tmp_path), store.read_manifest(tmp_path, quantized)
+    int8 = read_int8(folder / INT8)
+    assert int8 is not None
+    run = engine._openvino_runner(folder / MODULE, manifest, "f32", int8.ranges)
+    found = run(read_golden(folder / GOLDEN, manifest).images)
+    assert deviation(int8.logits, found) < MAX_DEVIATION
+    assert timing_of(load(tmp_path, quantized)).refused is None
+
+
+def test_convolutions_after_the_first_run_on_bytes(tmp_path: Path, quantized: BundleRef) -> None:
+    folder, manifest = quantized.path(tmp_path), store.read_manifest(tmp_path, quantized)
+    int8 = read_int8(folder / INT8)
+    assert int8 is not None
+    graph = engine._openvino_model(folder / MODULE, manifest, "f32", int8.ranges).get_runtime_model()
+    facts = [node.get_rt_info() for node in graph.get_ordered_ops()]
+    ways = [fact["runtimePrecision"].value for fact in facts if fact["layerType"].value == "Convolution"]
+    assert ways == ["f32", "u8", "u8", "u8", "u8"]
+
+
+def test_ranges_other_than_those_that_were_measured_are_refused(tmp_path: Path, quantized: BundleRef) -> None:
+    folder = quantized.path(tmp_path)
+    int8 = read_int8(folder / INT8)
+    assert int8 is not None
+    rewrite(folder, ranges=replace(int8.ranges, scales=int8.ranges.scales * np.float32(1.03)))
+    refused = timing_of(load(tmp_path, quantized)).refused
+    assert refused is not None
+    assert refused.startswith("its golden logits deviate from the exporter's by 0.0")
+
+
+def test_ranges_for_another_number_of_convolutions_are_passed_over(tmp_path: Path, quantized: BundleRef) -> None:
+    folder = quantized.path(tmp_path)
+    rewrite(folder, ranges=Ranges(np.ones(6, np.float32), np.zeros(6, np.uint8)))
+    assert "openvino int8" not in [timing.name for timing in load(tmp_path, quantized).timings]
+
+
+def test_an_int8_form_that_costs_too_much_is_refused(tmp_path: Path, quantized: BundleRef) -> None:
+    figures = Figures(n=10_000, accuracy=0.9, float32_accuracy=0.91, ece=0.01, float32_ece=0.01, differing=0.01)
+    rewrite(quantized.path(tmp_path), figures=figures)
+    assert timing_of(load(tmp_path, quantized)).refused == "1.00% of 10000 pictures are lost"
+
+
+def test_float32_alone_can_be_asked_for(tmp_path: Path, quantized: BundleRef) -> None:
+    loaded = engine.load(quantized.path(tmp_path), store.read_manifest(tmp_path, quantized), CPU, "float32")
+    assert [timing.name for timing in loaded.timings] == ["torchscript float32", "openvino f32"]
+
+
+def test_a_bundle_without_an_int8_form_has_no_int8_to_choose(tmp_path: Path) -> None:
+    loaded = load(tmp_path, make_bundle(tmp_path))
+    assert "openvino int8" not in [timing.name for timing in loaded.timings]
 
 
 def test_a_way_that_fails_to_start_is_passed_over(tmp_path: Path) -> None:

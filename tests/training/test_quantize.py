@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tests.tiny import squares
+from training import events
+from training.bundle.int8 import Figures, Int8, Int8Malformed, Ranges, deviation, read_int8, write_int8
+from training.bundle.manifest import InputSpec
+from training.datasets import Split
+from training.networks import ConvNet
+from training.quantize import choose_ranges, convolutions, int8_form, quantize, simulated
+
+TINY = {"channels": 1, "classes": 2, "widths": [16], "stem_width": 8, "stem_kernel": 3, "activation": "silu"}
+GOOD = Figures(n=10_000, accuracy=0.93, float32_accuracy=0.93, ece=0.01, float32_ece=0.01, differing=0.0)
+
+
+def network(**changes: object) -> ConvNet:
+    torch.manual_seed(0)
+    made = ConvNet(**TINY | changes)  # type: ignore[arg-type]
+    made.initialize(squares().train.images)
+    return made.eval()
+
+
+def form() -> Int8:
+    data = squares()
+    return quantize(network(), data.train.images, data.test, data.test.images[:32], 1.0)
+
+
+def test_the_int8_form_answers_nearly_as_float32_does() -> None:
+    data, net = squares(), network()
+    int8 = quantize(net, data.train.images, data.test, data.test.images, 1.0)
+    with torch.no_grad():
+        exact = net(data.test.images).numpy()
+    assert 0 < deviation(exact, int8.logits) < 0.05
+    assert int8.figures.n == 80
+    assert int8.figures.differing <= 1 / 80
+
+
+def test_the_network_itself_stays_as_it_was() -> None:
+    data, net = squares(), network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    quantize(net, data.train.images, data.test, data.test.images, 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_first_convolution_stays_in_float32_and_the_second_where_the_first_whitens() -> None:
+    plain, whitened = network(), network(whiten=True)
+    assert convolutions(plain) == [plain.groups[0].conv1, plain.groups[0].conv2]
+    assert convolutions(whitened) == [whitened.groups[0].conv2]
+
+
+def test_zero_is_a_step_and_a_lone_large_value_is_cut_off() -> None:
+    real = torch.cat([torch.linspace(-0.25, 1, 1000), torch.tensor([3.0])])
+    ranges = choose_ranges([real], [torch.zeros(1)])
+    steps = (np.arange(256) - ranges.zeros[0]) * ranges.scales[0]
+    assert 0 in steps
+    assert 1 <= steps.max() < 3
+
+
+def test_a_drawn_picture_widens_a_range_but_counts_for_little() -> None:
+    real, drawn = torch.linspace(0, 1, 1000), torch.linspace(0, 10, 1000)
+    alone, beside, equal = (
+        choose_ranges([first], [second]).scales[0] * 255
+        for first, second in ((real, real), (real, drawn), (torch.cat([real, drawn]), drawn))
+    )
+    assert alone < beside < equal
+
+
+def test_weights_are_rounded_to_127_steps_of_their_channels_largest() -> None:
+    net = network().folded()
+    rounded = convolutions(simulated(net, Ranges(np.ones(2, np.float32), np.zeros(2, np.uint8))))[0].weight
+    largest = net.groups[0].conv1.weight.abs().flatten(1).amax(1)
+    steps = (rounded.flatten(1) / (largest[:, None] / 127)).detach()
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+    assert steps.abs().amax(1).round().tolist() == [127.0] * 16
+
+
+def test_a_form_that_costs_too_much_is_not_published_and_that_is_said() -> None:
+    data, told = squares(), []
+    spec = InputSpec(channels=1, height=12, width=12, fit="stretch")
+    net = network(head_bias=True)
+    with torch.no_grad():  # one channel so large that the others of its layer are nothing beside it
+        net.groups[0].norm1.bias[0] = 1e6
+        net.groups[0].conv2.weight[:, 0] = 0
+        logits = net(data.test.images)
+        net.head.bias[1] += (logits[:, 0] - logits[:, 1]).median()  # half of them are of each class
+        checked = Split(data.test.images, net(data.test.images).argmax(1))
+    assert int8_form(net, data.train, checked, spec, 1.0, told.append) is None
+    assert [type(event) for event in told] == [events.Notice]
+    assert told[0].message.startswith("published without an int8 form: ")
+    assert told[0].message.endswith("of 80 pictures are lost")
+
+
+def test_a_form_that_costs_nothing_is_published_in_silence() -> None:
+    data, told = squares(), []
+    spec = InputSpec(channels=1, height=12, width=12, fit="stretch")
+    int8 = int8_form(network(), data.train, data.test, spec, 1.0, told.append)
+    assert int8 is not None
+    assert int8.logits.shape == (256, 2)
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "objection"),
+    [
+        ({}, None),
+        ({"accuracy": 0.929}, None),
+        ({"accuracy": 0.9289}, "0.11% of 10000 pictures are lost"),
+        ({"accuracy": 0.94}, None),
+        ({"differing": 0.01}, None),
+        ({"differing": 0.0101}, "1.01% of 10000 best classes differ from float32"),
+        ({"ece": 0.016}, "the ECE of 10000 pictures rises by 0.60%"),
+        ({"n": 100, "accuracy": 0.92, "differing": 0.01}, None),
+        ({"n": 100, "accuracy": 0.91}, "2.00% of 100 pictures are lost"),
+        ({"n": 100, "differing": 0.02}, "2.00% of 100 best classes differ from float32"),
+    ],
+)
+def test_int8_may_cost_a_tenth_of_a_point_or_one_picture(changes: dict[str, float], objection: str | None) -> None:
+    assert GOOD.model_copy(update=changes).objection() == objection
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    written = form()
+    write_int8(tmp_path / "int8.safetensors", written)
+    read = read_int8(tmp_path / "int8.safetensors")
+    assert read is not None
+    assert read.figures == written.figures
+    np.testing.assert_array_equal(read.ranges.scales, written.ranges.scales)
+    np.testing.assert_array_equal(read.ranges.zeros, written.ranges.zeros)
+    np.testing.assert_array_equal(read.logits, written.logits)
+
+
+def test_a_bundle_without_the_file_has_no_int8_form(tmp_path: Path) -> None:
+    assert read_int8(tmp_path / "int8.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "figures"),
+    [
+        ({"scales": np.ones(2, np.float32)}, GOOD.model_dump_json()),
+        ({"scales": np.ones(2, np.float32), "zeros": np.zeros(3, np.uint8)}, GOOD.model_dump_json()),
+        ({"scales": np.zeros(2, np.float32), "zeros": np.zeros(2, np.uint8)}, GOOD.model_dump_json()),
+        ({"scales": np.full(2, np.nan, np.float32), "zeros": np.zeros(2, np.uint8)}, GOOD.model_dump_json()),
+        ({"scales": np.ones(2, np.float32), "zeros": np.zeros(2, np.uint8)}, "{}"),
+    ],
+    ids=["zeros are missing", "of other lengths", "a scale of 0", "a scale that is no number", "figures are missing"],
+)
+def test_a_malformed_file_is_refused(tmp_path: Path, tensors: dict[str, np.ndarray], figures: str) -> None:
+    path = tmp_path / "int8.safetensors"
+    save_file(tensors | {"logits": np.zeros((1, 2), np.float32)}, path, {"figures": figures})
+    with pytest.raises(Int8Malformed, match=r"^int8\.safetensors"):
+        read_int8(path)

@@ -1,0 +1,109 @@
+"""The int8 form of a bundle: what it takes to run the module's convolutions on bytes, and what that costs.
+
+Weights need nothing here: each output channel's scale is its largest weight. What can't be derived is which values the
+activations take; that was seen at export, on pictures. A bundle without this file runs in float32, as it always did.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from training.bundle.answers import Logits
+from training.bundle.golden import GoldenMismatch
+from training.bundle.manifest import BundleError, Fraction
+
+INT8 = "int8.safetensors"
+
+# What int8 may cost on pictures of the test set, as shares of them; one picture in any case, for of fewer than a
+# thousand no part is a tenth of a per cent.
+MAX_LOST = 0.001  # right in float32 and, on balance, not in int8
+MAX_DIFFERING = 0.01  # another best class, better or worse
+MAX_ECE_RISE = 0.005
+
+# Root mean square of the differences between golden logits here and at export, by their standard deviation. Equal
+# ranges gave 0.0005 to 0.004 (a value between two steps may be rounded either way), ranges 1 % off 0.01 to 0.05.
+MAX_DEVIATION = 0.007
+
+
+class Int8Malformed(BundleError):
+    """The file isn't what its name says."""
+
+
+class Figures(BaseModel):
+    """What the int8 form and float32 say of the same `n` pictures; neither was fitted to them, nor chosen by them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    n: int = Field(ge=1)
+    accuracy: Fraction
+    float32_accuracy: Fraction
+    ece: Fraction
+    float32_ece: Fraction
+    differing: Fraction = Field(description="share of pictures whose best class is another one")
+
+    def objection(self) -> str | None:
+        """Why the form isn't good enough to answer; None where it is."""
+        one = 1 / self.n + 1e-9
+        if (lost := self.float32_accuracy - self.accuracy) > max(MAX_LOST + 1e-9, one):
+            return f"{lost:.2%} of {self.n} pictures are lost"
+        if self.differing > max(MAX_DIFFERING, one):
+            return f"{self.differing:.2%} of {self.n} best classes differ from float32"
+        if (rise := self.ece - self.float32_ece) > max(MAX_ECE_RISE, one):
+            return f"the ECE of {self.n} pictures rises by {rise:.2%}"
+        return None
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What goes into each of the last L convolutions, in the order of the graph. All else stays in float32.
+
+    A byte b stands for (b - zero) * scale.
+    """
+
+    scales: NDArray[np.float32]  # [L]
+    zeros: NDArray[np.uint8]  # [L], the byte that stands for 0
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+
+@dataclass(frozen=True)
+class Int8:
+    ranges: Ranges
+    logits: Logits  # [N, K], of the golden images
+    figures: Figures
+
+
+def write_int8(path: Path, int8: Int8) -> None:
+    tensors = asdict(int8.ranges) | {"logits": int8.logits}
+    path.write_bytes(serialize(tensors, {"figures": int8.figures.model_dump_json()}))
+
+
+def read_int8(path: Path) -> Int8 | None:
+    """None where the bundle has no such file. Raises Int8Malformed."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            scales, zeros, logits = (file.get_tensor(name) for name in ("scales", "zeros", "logits"))
+            figures = Figures.model_validate_json((file.metadata() or {}).get("figures", ""))
+    except (SafetensorError, ValidationError, OSError) as error:
+        raise Int8Malformed(f"{INT8} can't be read: {error}") from error
+    if scales.dtype != np.float32 or zeros.dtype != np.uint8 or scales.shape != zeros.shape or scales.ndim != 1:
+        raise Int8Malformed(f"{INT8}: scales are {scales.dtype} {scales.shape}, zeros {zeros.dtype} {zeros.shape}")
+    if not (np.isfinite(scales) & (scales > 0)).all() or not np.isfinite(logits).all():
+        raise Int8Malformed(f"{INT8}: scales must be above 0, and all numbers finite")
+    return Int8(Ranges(scales, zeros), logits, figures)
+
+
+def deviation(reference: Logits, candidate: Logits) -> float:
+    """How far golden logits [N, K] are from those of the exporter, see MAX_DEVIATION. Raises GoldenMismatch."""
+    if candidate.shape != reference.shape or not np.isfinite(candidate).all():
+        raise GoldenMismatch(f"the int8 form answers with {candidate.shape}, not {reference.shape}, or with NaN")
+    spread = max(float(reference.std()), 1e-6)
+    return float(np.sqrt(np.square(candidate - reference, dtype=np.float64).mean())) / spread

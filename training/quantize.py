@@ -1,0 +1,141 @@
+"""Quantisation after training: which values each convolution's inputs take, and what it costs to keep them as bytes.
+
+Nothing is trained. The int8 form is computed here in float32 with every weight and activation rounded to what a byte
+can hold, which gives the logits of OpenVINO's int8 to the last roundings; so training needs no OpenVINO.
+
+The first convolution stays in float32: it has few multiplications, and its inputs are pixels. Where it whitens, so does
+the second, whose inputs are then too wide for a byte. So does the linear layer at the end, for OpenVINO (2026.4)
+miscomputes it where its inputs fall below zero (docs/experiments.md has the figures of all three).
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training import events
+from training.bundle.answers import Logits
+from training.bundle.int8 import Figures, Int8, Ranges
+from training.bundle.manifest import InputSpec
+from training.calibrate import expected_calibration_error
+from training.datasets import Split
+from training.drawings import golden_images
+from training.evaluate import accuracy, infer
+from training.loop import Emit
+from training.networks import ConvNet
+
+SEEN, DRAWN = 128, 64  # pictures that ranges are chosen by, and golden ones beside them
+SAMPLED = 30_000  # values of them for each layer; from 32,768 torch shares the work, and waits, on a busy machine
+DRAWN_WEIGHT = 0.003  # of a golden picture's error, where a real one's counts 1
+CUTS = np.linspace(0.06, 1.0, 48)  # of the largest value: what lies above is cut off
+MAX_BYTE, MAX_WEIGHT = 255, 127
+
+
+def int8_form(
+    network: ConvNet, train: Split, checked: Split, spec: InputSpec, temperature: float, tell: Emit
+) -> Int8 | None:
+    """The int8 form of a network, or None, and a notice, where it costs too much.
+
+    Ranges are chosen by some training pictures. What they cost is measured on `checked`, which nothing was fitted to.
+    """
+    int8 = quantize(network, train.images, checked, torch.from_numpy(golden_images(spec)), temperature)
+    if (objection := int8.figures.objection()) is not None:
+        tell(events.Notice(message=f"published without an int8 form: {objection}"))
+        return None
+    return int8
+
+
+def quantize(network: ConvNet, images: Tensor, checked: Split, golden: Tensor, temperature: float) -> Int8:
+    """Choose ranges by pictures [N, C, H, W] and measure the int8 form on others; `golden` are the golden images."""
+    device = next(network.parameters()).device
+    folded = deepcopy(network).float().folded()
+    some = images[:: max(1, len(images) // SEEN)][:SEEN]  # from all over: data sets may be sorted by class
+    ranges = choose_ranges(inputs(folded, some), inputs(folded, golden[:DRAWN]))
+    rounded = simulated(folded, ranges)
+    logits, exact = (infer(form, checked.images, device) for form in (rounded, folded))
+    figures = Figures(
+        n=len(checked),
+        accuracy=accuracy(logits, checked.labels),
+        float32_accuracy=accuracy(exact, checked.labels),
+        ece=expected_calibration_error(logits, checked.labels, temperature),
+        float32_ece=expected_calibration_error(exact, checked.labels, temperature),
+        differing=float((logits.argmax(1) != exact.argmax(1)).double().mean()),
+    )
+    return Int8(ranges, golden_logits(folded, ranges, golden), figures)
+
+
+def golden_logits(folded: ConvNet, ranges: Ranges, golden: Tensor) -> Logits:
+    """What the int8 form says of the golden images: [N, K], on the CPU, as float32's golden logits are."""
+    return infer(simulated(folded, ranges).cpu(), golden, torch.device("cpu")).numpy()
+
+
+def convolutions(network: ConvNet) -> list[nn.Conv2d]:
+    """Those that run in int8, in the order of the graph."""
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)][2 if network.whiten else 1 :]
+
+
+@torch.inference_mode()
+def inputs(folded: ConvNet, images: Tensor) -> list[Tensor]:
+    """A sample of the values that each convolution takes in, and the largest and smallest of all: [L][S]."""
+    found: list[list[Tensor]] = []
+
+    def see(_: nn.Module, given: tuple[Tensor]) -> None:
+        values = given[0].flatten()
+        step = -(-len(values) // SAMPLED) | 1  # odd, so that it doesn't fall in step with the rows
+        found.append([values[::step], values.amin()[None], values.amax()[None]])
+
+    hooks = [convolution.register_forward_pre_hook(see) for convolution in convolutions(folded)]
+    infer(folded, images, next(folded.parameters()).device, batch=len(images))
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(values).cpu() for values in found]
+
+
+def choose_ranges(real: Sequence[Tensor], drawn: Sequence[Tensor]) -> Ranges:
+    """For each layer the range with the least squared error, of real values and, with little weight, of drawn ones.
+
+    A byte has 256 steps: a wide range makes them coarse, a narrow one cuts off large values.
+    """
+    chosen = [min(_ranges(*values), key=lambda one: _error(one, *values)) for values in zip(real, drawn, strict=True)]
+    scales, zeros = zip(*chosen, strict=True) if chosen else ((), ())
+    return Ranges(np.array(scales, np.float32), np.array(zeros, np.uint8))
+
+
+def _ranges(*values: Tensor) -> list[tuple[float, int]]:
+    """Scales and zeros to choose among. Zero is always one of the steps: it is what convolutions pad with."""
+    low = min(0.0, *(float(sample.min()) for sample in values))
+    high = max(1e-6, *(float(sample.max()) for sample in values))
+    scales = [float(np.float32((high * cut - low) / MAX_BYTE)) for cut in CUTS]
+    return [(scale, min(MAX_BYTE, round(-low / scale))) for scale in scales]
+
+
+def _error(one: tuple[float, int], real: Tensor, drawn: Tensor) -> float:
+    losses = [
+        float((torch.fake_quantize_per_tensor_affine(values, *one, 0, MAX_BYTE) - values).square().mean())
+        for values in (real, drawn)
+    ]
+    return losses[0] + DRAWN_WEIGHT * losses[1]
+
+
+def simulated(folded: ConvNet, ranges: Ranges) -> ConvNet:
+    """A copy of a folded network that rounds as int8 does, though it computes in float32."""
+    copy = deepcopy(folded)
+    for convolution, scale, zero in zip(convolutions(copy), ranges.scales.tolist(), ranges.zeros.tolist(), strict=True):
+        _round_weights(convolution)
+        convolution.register_forward_pre_hook(
+            lambda _, given, scale=scale, zero=zero: torch.fake_quantize_per_tensor_affine(
+                given[0], scale, zero, 0, MAX_BYTE
+            )
+        )
+    return copy
+
+
+@torch.no_grad()
+def _round_weights(convolution: nn.Conv2d) -> None:
+    weight = convolution.weight
+    largest = weight.abs().flatten(1).amax(1).clamp(min=1e-12)
+    zeros = torch.zeros(len(largest), dtype=torch.int32, device=weight.device)
+    scales = largest / MAX_WEIGHT
+    weight.copy_(torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -MAX_WEIGHT, MAX_WEIGHT))
