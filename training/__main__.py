@@ -355,6 +355,35 @@ def predict(
 
 
 @app.command()
+def module(
+    model: ModelArgument,
+    *,
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    precision: Annotated[str, typer.Option(help="What it computes in: float32 or bfloat16.")] = "float32",
+    artifacts: Artifacts = ARTIFACTS,
+) -> None:
+    """Write a published model as one TorchScript file, for another server than this one.
+
+    It takes uint8 pictures [N, C, H, W] in batches of any size and gives float32 logits; torch alone can load it.
+    Processors with AMX are faster in bfloat16, others in float32.
+
+    Example:
+
+        safelight module cifar10@1 --precision bfloat16 --output cifar10.ts
+    """
+    from training import published
+
+    if precision not in published.DTYPES:
+        raise typer.BadParameter(f"it is {' or '.join(published.DTYPES)}, not {precision}", param_hint="--precision")
+    ref = _ref(artifacts, model)
+    agreement = published.write_module(ref, artifacts, output, precision)
+    _say(
+        f"wrote {escape(str(output))}: {ref} in {precision}; on the golden samples no probability differs by more than "
+        f"{agreement.probability_difference:.1e}, and {agreement.argmax_differences} best classes"
+    )
+
+
+@app.command()
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes, with the size and the cost of their networks and the accuracy to expect."""
     from training.networks import cost

@@ -215,6 +215,18 @@ def _quiet() -> Iterator[None]:
 
 def write_module(path: Path, network: ConvNet, shape: tuple[int, int, int]) -> None:
     """Trace the folded network: uint8 [N, C, H, W] to float32 logits [N, K], for any N."""
+    _trace(path, network.folded(), shape)
+
+
+def write_portable_module(path: Path, network: ConvNet, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """As `write_module`, for servers that run what they are given as it is: computed in `dtype`, weights channels last.
+
+    On CPUs, convolutions take that order faster; a bundle doesn't need it, as its engine arranges the weights itself.
+    """
+    _trace(path, network.folded().to(dtype).to(memory_format=torch.channels_last), shape)
+
+
+def _trace(path: Path, network: ConvNet, shape: tuple[int, int, int]) -> None:
     example = torch.zeros(2, *shape, dtype=torch.uint8)
     with _quiet(), torch.no_grad():
         torch.jit.trace(_Exported(network), example).save(path)
@@ -239,11 +251,11 @@ def read_module(path: Path) -> nn.Module:
 
 
 class _Exported(nn.Module):
-    """The folded network with its logits in float32, whatever it computes in."""
+    """A folded network with its logits in float32, whatever it computes in."""
 
     def __init__(self, network: ConvNet) -> None:
         super().__init__()
-        self.network = network.folded()
+        self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network(pixels).float()

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from tests.tiny import TINY, Greys, as_settings, grey, make_bundle, squares, write_class_folders, zipped
 from tests.tiny import pictures as noise
-from training import events, report
+from training import events, published, report
 from training.__main__ import _go_on, app, main
 from training.bundle import store
 from training.bundle.manifest import MODULE, Manifest, Metrics
@@ -86,6 +87,7 @@ def test_these_are_the_commands() -> None:
         ("models", "list"),
         ("models", "show"),
         ("models", "verify"),
+        ("module",),
         ("predict",),
         ("recipes",),
         ("serve",),
@@ -319,6 +321,46 @@ def test_a_model_is_measured_for_people(safelight: Safelight, trained: tuple[str
     for figure in ("accuracy, single view", "macro-F1", "NLL (before calibration)", "recall of hollow"):
         assert figure in done.out
     assert "test-time" not in done.out
+
+
+# --- module -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_model_s_module_is_written_for_another_server(
+    safelight: Safelight, tiny: Path, tmp_path: Path, precision: str
+) -> None:
+    done = safelight("module", "tiny@1", "--precision", precision, "--output", tmp_path / "out.ts")
+    assert (done.code, done.out) == (0, "")
+    assert re.fullmatch(
+        rf"wrote .*/out\.ts: tiny@1 in {precision}; on the golden samples no probability differs by more than "
+        r"\d\.\de-\d\d, and [0-5] best classes\n",
+        done.err,
+    )
+    written = torch.jit.load(tmp_path / "out.ts")
+    assert {str(parameter.dtype) for parameter in written.parameters()} == {f"torch.{precision}"}
+    own = torch.jit.load(tiny / "tiny" / "1" / MODULE)
+    images = squares().test.images
+    assert (written(images).softmax(1) - own(images).softmax(1)).abs().max() <= 0.05
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.ts"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_module_that_is_too_far_from_float32_is_not_written(
+    safelight: Safelight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "MAX_PROBABILITY_DIFFERENCE", 0.0)
+    done = safelight("module", "tiny", "--precision", "bfloat16", "--output", "out.ts")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: tiny@1 in bfloat16 differs from float32 in ")
+    assert [path.name for path in Path().iterdir() if "out" in path.name] == []
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_precision_that_is_not_offered_is_wrong_usage(safelight: Safelight) -> None:
+    done = safelight("module", "tiny", "--precision", "int4", "--output", "out.ts")
+    assert (done.code, done.out) == (2, "")
+    assert "it is float32 or bfloat16, not int4" in done.err
 
 
 # --- predict ----------------------------------------------------------------------------------------------------------
