@@ -3,7 +3,8 @@
 # make check     lint, types, layering, docs in step
 # make train     train and publish both shipped models again (needs SAFELIGHT_DATA)
 # make docs      write the generated parts of the documentation anew
-# make bench     measure serving beside a plain FastAPI endpoint
+# make bench-serving  measure serving beside a plain FastAPI endpoint
+# make bench-peers    measure it beside other model servers (sets them up first: 6 GB in PEERS, a quarter of an hour)
 # make image     build the container with docker, podman or buildah
 # make lock      resolve the dependencies anew
 
@@ -13,11 +14,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # What the container engine is told beyond that: secrets, isolation (docs/container.md)
 IMAGE_OPTIONS ?=
+# Where the servers that Safelight is measured beside are kept, and options of `python -m benchmarks.peers`
+PEERS ?= .bench/peers
+BENCH ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: setup serve test check docs train bench image lock
+.PHONY: setup serve test check docs train bench-serving bench-peers image lock
 
 setup: .venv/dev
 
@@ -40,8 +44,12 @@ train: .venv/runtime
 	$(BIN)/safelight train mnist
 	$(BIN)/safelight train cifar10
 
-bench: .venv/dev
-	$(BIN)/python benchmarks/serving.py
+bench-serving: .venv/dev
+	$(BIN)/python -m benchmarks.serving
+
+bench-peers: .venv/dev
+	PEERS=$(PEERS) PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) sh benchmarks/peers/setup.sh
+	$(BIN)/python -m benchmarks.peers --home $(PEERS) $(BENCH)
 
 # The first engine that works: a docker client without its daemon is passed over. BUILDAH_FORMAT, because the OCI format
 # (podman's and buildah's own) has no place for the health check.

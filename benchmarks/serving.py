@@ -1,11 +1,10 @@
-"""Requests a second and latency of /predict, beside a plain FastAPI endpoint that runs the same module. `make bench`
+"""Requests a second and latency of /predict, beside a plain FastAPI endpoint that runs the same module.
 
-Both servers take turns in one run, started anew each time; tables give the median and, in brackets, the least and the
-greatest. The client is wrk on the same machine: it takes its share of the processors.
+`make bench-serving`. Both servers take turns in one run, started anew each time; tables give the median and, in
+brackets, the least and the greatest. The client is wrk on the same machine: it takes its share of the processors.
 """
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -24,20 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import pictures
 from training.bundle import store
-from training.bundle.images import fit
 from training.bundle.store import BundleRef
-from training.drawings import golden_images
 from training.processors import processors
 
 ROOT = Path(__file__).parents[1]
 CONNECTIONS = (1, 16, 64)
 MODELS = ("cifar10", "mnist")
-IMAGES = 64  # different pictures, and pictures in the large request
+IMAGES = pictures.COUNT  # different pictures, and pictures in the large request
 BOUNDARY = "safelight-benchmark"
 
 SERVERS = {
@@ -91,19 +88,14 @@ def parse() -> argparse.Namespace:
 def bodies(folder: Path, model: str) -> tuple[list[Path], Path]:
     """Multipart bodies: 64 with one picture each, and one with all 64."""
     spec = store.read_manifest(ROOT / "artifacts", active(model)).input
-    pictures = []
-    for drawn in golden_images(spec)[:IMAGES]:  # [C, H, W]
-        image = fit(Image.fromarray(drawn.transpose(1, 2, 0).squeeze()), spec)  # digits as MNIST has them
-        content = io.BytesIO()
-        Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(content, "PNG")
-        pictures.append(content.getvalue())
-    singles = [write(folder / f"{model}-{index}", [picture]) for index, picture in enumerate(pictures)]
-    return singles, write(folder / f"{model}-many", pictures)
+    contents = pictures.pictures(model, spec)
+    singles = [write(folder / f"{model}-{index}", [picture]) for index, picture in enumerate(contents)]
+    return singles, write(folder / f"{model}-many", contents)
 
 
-def write(path: Path, pictures: list[bytes]) -> Path:
+def write(path: Path, contents: list[bytes]) -> Path:
     head = 'Content-Disposition: form-data; name="file"; filename="x.png"\r\nContent-Type: image/png'
-    parts = [f"--{BOUNDARY}\r\n{head}\r\n\r\n".encode() + picture + b"\r\n" for picture in pictures]
+    parts = [f"--{BOUNDARY}\r\n{head}\r\n\r\n".encode() + picture + b"\r\n" for picture in contents]
     path.write_bytes(b"".join(parts) + f"--{BOUNDARY}--\r\n".encode())
     return path
 
@@ -182,7 +174,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "processors": processors(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "openvino", "fastapi", "uvicorn")),
-        "pictures": "PNG of the model's own size, drawn, multipart",
+        "pictures": f"{pictures.describe()}; multipart",
         "n": f"{options.repetitions} repetitions of {options.seconds} s, taking turns; wrk with 1 thread beside them",
     }
 
