@@ -111,7 +111,7 @@ def one(server: Server, plan: Plan, wanted: list[str] | None, rows: list[report.
             note(rows, server, form, result)
             rates = {count: load["rps"] for count, load in result.get("loads", {}).items()}
             print(f"  {form}: {rates or result.get('error')}", end="", file=sys.stderr, flush=True)
-    except (RuntimeError, OSError, ValueError, KeyError, subprocess.CalledProcessError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
         note(rows, server, "-", {"error": f"{type(error).__name__}: {error}"})
         print(f"  failed: {error}", end="", file=sys.stderr)
     print(file=sys.stderr)

@@ -111,7 +111,6 @@ def started(server: Server, plan: Plan) -> Iterator[Running]:
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         work = Path(folder)
         server.prepare(work, port)
-        ours = isinstance(server, Safelight)
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SAFELIGHT_", "PEERS_", "P_"))}
         environ = kept | {processes.MARK: mark, "PYTHONUNBUFFERED": "1"} | server.all_environment(work, port)
         log = plan.logs / f"{re.sub(r'[^a-z0-9]+', '-', server.title)}.log"
@@ -120,7 +119,7 @@ def started(server: Server, plan: Plan) -> Iterator[Running]:
             process = subprocess.Popen(
                 server.command(work, port),
                 env=environ,
-                cwd=ROOT if ours else work,
+                cwd=ROOT if isinstance(server, Safelight) else work,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -173,7 +172,7 @@ def end_of(log: Path) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-class NotAnswered(Exception):
+class NotAnswered(RuntimeError):
     """No answer, or one that isn't a success."""
 
 
