@@ -186,7 +186,7 @@ def conditions(options: argparse.Namespace, servers: list[Server], timed: str) -
         "machine": f"{processor()}, {processors()} processors, shared with the client; {platform.system()}, "
         f"Python {platform.python_version()}",
         "client": "wrk, one thread, connections kept and never idle",
-        "n": f"{options.reps} repetitions of {options.duration} s a load after {options.warmup} s of warm-up, every "
+        "n": f"repetitions: {options.reps}, each {options.duration} s a load after {options.warmup} s of warm-up, every "
         "server started anew each time; medians (least–greatest)",
         "network": f"{REF}; the others run {timed}",
         "pictures": f"{pictures.describe()}; {MANY} a request: {MANY_CONNECTIONS} at once",

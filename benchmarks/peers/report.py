@@ -67,7 +67,7 @@ def checked(runs: list[dict[str, Any]]) -> str:
 
 def ratios(rows: list[Row]) -> str:
     """Each of our rows beside the best other server that is given the same: pictures, or pixels."""
-    head = ("load", "safelight asked by", "safelight", "best other", "ratio")
+    head = ("load", "ours", "rate", "best other", "ratio")
     lines = []
     for row in (row for row in rows if row["server"].startswith(OURS)):
         for load in [*connection_counts([row]), MANY]:
@@ -79,7 +79,13 @@ def ratios(rows: list[Row]) -> str:
             best = max(known, key=lambda server: known[server])
             title = f"{load} at once" if load != MANY else MANY
             lines.append(
-                (title, row["form"], f"{rate:,.0f}", f"{known[best]:,.0f} ({best})", f"{rate / known[best]:.2f}")
+                (
+                    title,
+                    f"{row['server']}, {row['form']}",
+                    f"{rate:,.0f}",
+                    f"{known[best]:,.0f} ({best})",
+                    f"{rate / known[best]:.2f}",
+                )
             )
     return table(head, lines) if lines else ""
 
@@ -99,7 +105,7 @@ def rate_of(row: Row, load: str) -> float | None:
 
 def failures(rows: list[Row]) -> str:
     found = {
-        f"- {row['server']}, {row['form']}: {' '.join(run['error'].split())[:300]}": None
+        f"- {row['server']}, {row['form']}: {' '.join(run['error'].split())[:100]}": None
         for row in rows
         for run in row["repetitions"]
         if "error" in run

@@ -82,6 +82,7 @@ class Safelight(Server):
     """Ours, as `make serve` starts it. Ten classes are asked for, as the peers answer with all ten."""
 
     name = "safelight"
+    defaults = {"threads": "0", "workers": "1"}  # the service's own
     calibrated = True
 
     @property
@@ -108,6 +109,8 @@ class Safelight(Server):
         return {
             "SAFELIGHT_ARTIFACTS": str(ROOT / "artifacts"),
             "SAFELIGHT_STATE": str(work / "state"),
+            "SAFELIGHT_THREADS": self.settings["threads"],
+            "SAFELIGHT_WORKERS": self.settings["workers"],
             "PYTHONPATH": str(ROOT),
         }
 

@@ -299,9 +299,9 @@ def test_ours_stands_beside_the_best_of_those_that_do_the_same_work() -> None:
         row("absent", {"error": "not set up"}),
     ]
     assert report.ratios(rows).splitlines()[2:] == [
-        "| 16 at once | multipart | 1,500 | 1,000 (fast) | 1.50 |",
-        "| 64 a request | multipart | 3,000 | 6,000 (slow) | 0.50 |",
-        "| 16 at once | v2 | 4,000 | 2,000 (pixels) | 2.00 |",
+        "| 16 at once | safelight, multipart | 1,500 | 1,000 (fast) | 1.50 |",
+        "| 64 a request | safelight, multipart | 3,000 | 6,000 (slow) | 0.50 |",
+        "| 16 at once | safelight, v2 | 4,000 | 2,000 (pixels) | 2.00 |",
     ]
 
 
@@ -335,4 +335,7 @@ def test_saved_figures_are_shown_without_measuring(tmp_path: Path) -> None:
     saved.write_text(json.dumps({"conditions": {"n": "1"}, "rows": [row("safelight", run(10)), row("a", run(5))]}))
     words = [sys.executable, "-m", "benchmarks.peers", "--show", str(saved)]
     printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^- n: 1$|16 at once .*", printed, re.M) == ["- n: 1", "16 at once | raw | 10 | 5 (a) | 2.00 |"]
+    assert re.findall(r"^- n: 1$|16 at once .*", printed, re.M) == [
+        "- n: 1",
+        "16 at once | safelight, raw | 10 | 5 (a) | 2.00 |",
+    ]
