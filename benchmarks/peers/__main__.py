@@ -186,8 +186,8 @@ def conditions(options: argparse.Namespace, servers: list[Server], timed: str) -
         "machine": f"{processor()}, {processors()} processors, shared with the client; {platform.system()}, "
         f"Python {platform.python_version()}",
         "client": "wrk, one thread, connections kept and never idle",
-        "n": f"repetitions: {options.reps}, each {options.duration} s a load after {options.warmup} s of warm-up, every "
-        "server started anew each time; medians (least–greatest)",
+        "n": f"repetitions: {options.reps}, each {options.duration} s a load after {options.warmup} s of warm-up, "
+        "every server started anew each time; medians (least–greatest)",
         "network": f"{REF}; the others run {timed}",
         "pictures": f"{pictures.describe()}; {MANY} a request: {MANY_CONNECTIONS} at once",
         "threads": "of the others one a process (more were slower); Safelight as by default, one for each processor",
