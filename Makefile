@@ -5,6 +5,10 @@
 # make docs      write the generated parts of the documentation anew
 # make bench-serving  measure serving beside a plain FastAPI endpoint
 # make bench-peers    measure it beside other model servers (sets them up first: 6 GB in PEERS, a quarter of an hour)
+# make load      open-loop arrivals at half and 80 % of the peak, pass or fail
+# make overload  twice the peak for a minute, pass or fail
+# make soak      a million requests: memory, descriptors, threads, pass or fail
+# make start     from process to first good answer beside `import torch`, pass or fail
 # make image     build the container with docker, podman or buildah
 # make lock      resolve the dependencies anew
 
@@ -21,7 +25,7 @@ BENCH ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: setup serve test check docs train bench-serving bench-peers image lock
+.PHONY: setup serve test check docs train bench-serving bench-peers load overload soak start image lock
 
 setup: .venv/dev
 
@@ -50,6 +54,18 @@ bench-serving: .venv/dev
 bench-peers: .venv/dev
 	PEERS=$(PEERS) PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) sh benchmarks/peers/setup.sh
 	$(BIN)/python -m benchmarks.peers --home $(PEERS) $(BENCH)
+
+load: .venv/dev
+	$(BIN)/python -m benchmarks.load open
+
+overload: .venv/dev
+	$(BIN)/python -m benchmarks.load overload
+
+soak: .venv/dev
+	$(BIN)/python -m benchmarks.load soak
+
+start: .venv/dev
+	$(BIN)/python -m benchmarks.load start
 
 # The first engine that works: a docker client without its daemon is passed over. BUILDAH_FORMAT, because the OCI format
 # (podman's and buildah's own) has no place for the health check.

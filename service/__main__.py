@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -80,6 +81,7 @@ def _serve(settings: Settings) -> int:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{listener.getsockname()[1]}"
         if settings.workers == 1:
+            gc.disable()  # until it serves: looking through all that is imported, again and again, takes half a second
             _AnnouncingServer(config, url).run(sockets=[listener])
             return 0
         with tempfile.TemporaryDirectory(prefix="safelight-metrics-") as folder:

@@ -40,7 +40,7 @@ def drain_on_sigterm(lifecycle: Lifecycle, seconds: float) -> Iterator[None]:
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Keep the garbage collector from what is there by now, and let it look at the rest more seldom.
+    """Keep the garbage collector from what is there by now, and let it look at the rest, but more seldom.
 
     There are a quarter of a million objects, most of them torch's: to look through them would stop every request for
     0.15 s, every few seconds under load.
@@ -48,6 +48,7 @@ def seldom_collected() -> Iterator[None]:
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
+    gc.enable()  # `python -m service` starts without it
     try:
         yield
     finally:

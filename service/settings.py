@@ -71,9 +71,10 @@ class Settings(BaseSettings):
     max_images: int = Field(256, ge=1, le=100_000, description="Most pictures in one request.")
     max_batch: int = Field(64, ge=1, le=4096, description="Most pictures that the engine computes at once.")
     queue_size: int = Field(
-        1024,
+        384,
         ge=1,
-        description="Pictures of one version that may wait or be decoded at once; beyond that, 429 with Retry-After.",
+        description="Pictures of one version that may wait or be decoded at once; beyond that, 429 with Retry-After. "
+        "The default is the largest request and two batches: more of a queue only makes waiting longer.",
     )
     cache_mb: int = Field(
         0, ge=0, description="Memory, in each worker, for answers to pictures that come again; 0: none are kept."

@@ -1,8 +1,8 @@
 """Pictures of many requests become batches, and each request gets its own answers back.
 
 Work-conserving: an idle engine starts at once with what is there, and while it runs, arrivals gather into the next
-batch. No picture waits for company. What can't be held is refused at the door; what nobody waits for any more, or
-would come too late, is dropped before it is computed.
+batch. No picture waits for company. What can't be held, or can't be in time, is refused at the door; what nobody waits
+for any more, or comes too late after all, is dropped before it is computed.
 """
 
 import asyncio
@@ -22,6 +22,9 @@ from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
 from service.telemetry import logger
 from training.bundle.images import Pixels
 
+REMEMBERED = 256  # pictures whose pace counts, or so: one that met a bad moment doesn't speak for the next
+BEGUN_WITH = 32  # pictures that the pace measured at load counts for
+
 T = TypeVar("T")  # what comes of one picture
 Run = Callable[[NDArray[np.uint8]], Sequence[T | InferenceFailed]]  # of uint8 [N, C, H, W]; called in the executor
 
@@ -32,6 +35,27 @@ class Meter(Protocol):
     def pending(self, images: int) -> None: ...
 
     def batch(self, size: int) -> None: ...
+
+
+class Pace:
+    """Seconds a picture takes while there is work: decoding, waiting for the device and the event loop count too."""
+
+    def __init__(self, seconds_per_image: float) -> None:
+        self._seconds, self._images = seconds_per_image * BEGUN_WITH, float(BEGUN_WITH)
+        self._since = time.perf_counter()
+
+    def begin(self) -> None:
+        """There is work, after there was none."""
+        self._since = time.perf_counter()
+
+    def done(self, images: int) -> None:
+        now, kept = time.perf_counter(), math.exp(-images / REMEMBERED)
+        self._seconds = kept * self._seconds + now - self._since
+        self._images = kept * self._images + images
+        self._since = now
+
+    def seconds(self, images: int) -> float:
+        return images * self._seconds / self._images
 
 
 @dataclass(eq=False)
@@ -87,7 +111,7 @@ class Batcher(Generic[T]):
         self._device = device
         self._max_batch = max_batch
         self._queue_size = queue_size
-        self._seconds_per_image = seconds_per_image  # measured at load, then followed
+        self._pace = Pace(seconds_per_image)
         self._meter = meter
         self._queue: deque[tuple[Submission[T], int]] = deque()
         self._pending = 0
@@ -95,13 +119,24 @@ class Batcher(Generic[T]):
         self._worker = asyncio.create_task(self._work(), name="batcher")
 
     @contextmanager
-    def admit(self, count: int) -> Iterator[None]:
-        """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull."""
+    def admit(self, count: int, deadline: float) -> Iterator[None]:
+        """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull.
+
+        Who can't be answered by the deadline, as fast as things go, is told now. Where nothing waits all are let in:
+        the pace may have been that of a bad moment, and is measured again.
+        """
+        wait = self._pace.seconds(self._pending)
+        reason = None
         if self._pending + count > self._queue_size:
-            wait = self._pending * self._seconds_per_image
+            reason = f"{count} more don't fit: the limit is {self._queue_size}"
+        elif self._pending:
+            left = deadline - asyncio.get_running_loop().time()
+            if wait + self._pace.seconds(count) > left:
+                reason = f"{count} more wouldn't be done in the {max(0.0, left):.1f} s until their deadline"
+        if reason:
+            again = max(1, math.ceil(wait))
             raise QueueFull(
-                f"{self._pending} pictures are waiting and {count} more don't fit: the limit is {self._queue_size}; "
-                f"try again in {max(1, math.ceil(wait))} s",
+                f"{self._pending} pictures are waiting and {reason}; try again in {again} s",
                 retry_after=wait,
                 limit=self._queue_size,
                 pending=self._pending,
@@ -138,6 +173,8 @@ class Batcher(Generic[T]):
         await asyncio.gather(self._worker, return_exceptions=True)
 
     def _count(self, change: int) -> None:
+        if not self._pending:
+            self._pace.begin()
         self._pending += change
         self._meter.pending(self._pending)
 
@@ -163,8 +200,7 @@ class Batcher(Generic[T]):
             submission.started = submission.started or begun
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, images)
-            taken = time.perf_counter() - begun
-            self._seconds_per_image += 0.1 * (taken / len(batch) - self._seconds_per_image)
+            self._pace.done(len(batch))
             self._meter.batch(len(batch))
         except Exception as error:
             logger.exception("a batch failed outside the engine")

@@ -36,12 +36,22 @@ MAX_ARGMAX_DIFFERENCES = 1
 MAX_PROBABILITY_DIFFERENCE = 0.02
 MAX_LOGIT_DIFFERENCE = 1e-3
 
-TIMED_BATCHES = (1, 8, 32)
+TIMED_BATCHES = (1, 8)
+CHUNK = 32  # the golden samples are run in batches of this size, which times it too
+WARM_UP = 2  # runs of a shape; TorchScript profiles two before it is fast
 REPEATS = 5
 
 
 class ModuleUnreadable(BundleError):
     """model.ts isn't TorchScript, or doesn't run."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way's answers to the golden samples, and its median milliseconds by batch size."""
+
+    logits: Logits
+    milliseconds: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -85,14 +95,17 @@ def load(folder: Path, manifest: Manifest, device: torch.device, precision: Prec
     store.check_files(folder, manifest)
     store.check_checkpoint(folder, manifest)
     golden = read_golden(folder / GOLDEN, manifest)
-    module = _read_module(folder / MODULE)
-    reference = _reference(module, golden, manifest)
+    reference, measured = _reference(_read_module(folder / MODULE), golden, manifest)
     timings, runners = [], {}
+    if device.type == "cpu":  # it is a way to serve as well
+        runners["torchscript float32"] = reference
+        timings.append(_judge("torchscript float32", measured, measured.logits, manifest))
     int8 = read_int8(folder / INT8) if INT8 in manifest.files else None
     for name, make in _candidates(folder / MODULE, manifest, device, precision, int8):
         try:
             runner = make()
-            timings.append(_time(name, runner, golden, reference, manifest, int8 if name == OPENVINO_INT8 else None))
+            own = int8 if name == OPENVINO_INT8 else None
+            timings.append(_judge(name, _measure(runner, golden), measured.logits, manifest, own))
         except Exception as error:  # a backend that can't run this module, whatever it raises, is merely not chosen
             logger.warning("candidate failed", extra={"candidate": name, "reason": _last_line(error)})
             continue
@@ -104,30 +117,38 @@ def load(folder: Path, manifest: Manifest, device: torch.device, precision: Prec
     return Engine(manifest, runners[best.name], best.name, timings, str(device))
 
 
-def _reference(module: nn.Module, golden: Golden, manifest: Manifest) -> Logits:
+def _reference(module: nn.Module, golden: Golden, manifest: Manifest) -> tuple[Runner, Measured]:
     """Run the golden samples in float32 on the CPU: this is the module, or it is refused."""
     try:
-        logits = _torch_runner(module, torch.device("cpu"), torch.float32)(golden.images)
+        runner = _torch_runner(module, torch.device("cpu"), torch.float32)
+        measured = _measure(runner, golden)
     except Exception as error:  # TorchScript is a program of somebody's: it raises and returns what it likes
         raise ModuleUnreadable(f"{MODULE} doesn't run: {_last_line(error)}") from error
-    agreement = compare(golden.logits, logits, manifest.calibration.temperature)
+    agreement = compare(golden.logits, measured.logits, manifest.calibration.temperature)
     if agreement.logit_difference > MAX_LOGIT_DIFFERENCE:
         raise GoldenMismatch(
             f"the module misses its golden logits by {agreement.logit_difference:.1e} "
             f"(allowed: {MAX_LOGIT_DIFFERENCE:.0e})"
         )
-    return logits
+    return runner, measured
 
 
-def _time(
-    name: str, runner: Runner, golden: Golden, reference: Logits, manifest: Manifest, int8: Int8 | None = None
-) -> Timing:
-    """Time a way to run a bundle, and judge it: by float32 on the golden samples, or by what `int8` should be."""
-    logits = np.concatenate([runner(chunk) for chunk in np.array_split(golden.images, 8)])
-    agreement = compare(reference, logits, manifest.calibration.temperature)
-    refused = _beyond_float32(agreement, len(logits)) if int8 is None else _beyond_measured(int8, logits)
+def _measure(runner: Runner, golden: Golden) -> Measured:
+    answers, seconds = [], []
+    for start in range(0, len(golden.images), CHUNK):
+        begun = time.perf_counter()
+        answers.append(runner(golden.images[start : start + CHUNK]))
+        seconds.append(time.perf_counter() - begun)
     milliseconds = {batch: _median_milliseconds(runner, golden.images[:batch]) for batch in TIMED_BATCHES}
-    return Timing(name, milliseconds, agreement.argmax_differences, agreement.probability_difference, refused)
+    milliseconds[CHUNK] = statistics.median(seconds[WARM_UP:] or seconds) * 1000
+    return Measured(np.concatenate(answers), milliseconds)
+
+
+def _judge(name: str, measured: Measured, reference: Logits, manifest: Manifest, int8: Int8 | None = None) -> Timing:
+    """Hold a way to run a bundle against float32 on the golden samples, or against what `int8` should be."""
+    agreement = compare(reference, measured.logits, manifest.calibration.temperature)
+    refused = _beyond_float32(agreement, len(reference)) if int8 is None else _beyond_measured(int8, measured.logits)
+    return Timing(name, measured.milliseconds, agreement.argmax_differences, agreement.probability_difference, refused)
 
 
 def _beyond_float32(agreement: Agreement, samples: int) -> str | None:
@@ -146,7 +167,7 @@ def _beyond_measured(int8: Int8, logits: Logits) -> str | None:
 
 
 def _median_milliseconds(runner: Runner, images: Images) -> float:
-    for _ in range(2):  # TorchScript profiles two runs of a shape before it is fast
+    for _ in range(WARM_UP):
         runner(images)
     seconds = []
     for _ in range(REPEATS):
@@ -159,10 +180,10 @@ def _median_milliseconds(runner: Runner, images: Images) -> float:
 def _candidates(
     path: Path, manifest: Manifest, device: torch.device, precision: Precision, int8: Int8 | None
 ) -> Iterator[tuple[str, Callable[[], Runner]]]:
-    """Every way to run a module on this device, by name."""
-    yield "torchscript float32", lambda: _torch_runner(_read_module(path), device, torch.float32)
+    """Every way to run a module on this device, by name; beside float32 on the CPU, which is there already."""
     lower, capabilities = precision == "auto", torch.cpu.get_capabilities()
     if device.type != "cpu":
+        yield "torchscript float32", lambda: _torch_runner(_read_module(path), device, torch.float32)
         if lower:
             yield "torchscript float16", lambda: _torch_runner(_read_module(path), device, torch.float16)
         return

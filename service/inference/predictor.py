@@ -137,7 +137,7 @@ class Predictor:
         return Computed([outcomes[place] for place in range(len(pictures))], computed.seconds)
 
     async def _compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
-        with self._batcher.admit(len(pictures)):
+        with self._batcher.admit(len(pictures), deadline):
             begun = time.perf_counter()
             decoded = await self._decode(pictures, deadline)
             seconds = {"decode": time.perf_counter() - begun}

@@ -117,9 +117,12 @@ class Registry:
     @classmethod
     @asynccontextmanager
     async def open(cls, artifacts: Path, limits: Limits, default_model: str) -> AsyncIterator[Self]:
-        """Load what is there, then keep watching. Raises OSError where artifacts can't be read."""
+        """Load until a model answers, the default one first, then the others beside its answers, and keep watching.
+
+        Raises OSError where artifacts can't be read.
+        """
         registry = cls(artifacts, limits, default_model)
-        await registry.follow()  # the versions that answer; the watcher takes the others next
+        await registry._follow_until_one_answers()
         watcher = asyncio.create_task(registry._watch(), name="watcher")
         try:
             yield registry
@@ -264,12 +267,30 @@ class Registry:
 
     async def follow(self) -> None:
         """Forget what has vanished, note what is new, and follow each model's pointer. Raises OSError."""
-        async with self._changing:
-            self._reconcile(*await asyncio.to_thread(_find, self.artifacts))
+        await self._look()
         for model, line in list(self.lines.items()):
             async with self._changing:
                 await self._follow(model, line)
                 self._forget(model, line)
+
+    async def _follow_until_one_answers(self) -> None:
+        """As `follow`, but the lines that are left are only given the version that their pointer names: who asks for it
+        before it is loaded waits for that."""
+        await self._look()
+        answering = False
+        for model, line in sorted(self.lines.items(), key=lambda found: found[0] != self.default_model):
+            if not answering:
+                await self._follow(model, line)
+                answering = line.active is not None
+                continue
+            line.unloaded = await asyncio.to_thread(store.unloaded, self.artifacts, model)
+            if not line.unloaded and not await asyncio.to_thread(store.held_back, self.artifacts, model):
+                wanted = await asyncio.to_thread(store.active, self.artifacts, model)
+                line.active = wanted if wanted in line.entries else None
+
+    async def _look(self) -> None:
+        async with self._changing:
+            self._reconcile(*await asyncio.to_thread(_find, self.artifacts))
 
     def _reconcile(self, found: dict[BundleRef, Signature], unreadable: dict[str, str]) -> None:
         """One entry for each version in the folder; a new one where it changed since it was refused or unloaded.
@@ -330,14 +351,16 @@ class Registry:
         return None
 
     async def _watch(self) -> None:
+        bring_in_line = self.follow  # first what `open` left; the versions that don't answer can wait for the next
         while True:
-            await asyncio.sleep(self.limits.rescan_seconds)
             try:
-                await self.scan()
+                await bring_in_line()
             except OSError as error:
                 logger.error("artifacts can't be read", extra={"reason": str(error)})
             except Exception:  # whatever it was, the next scan is due
                 logger.exception("scan failed")
+            await asyncio.sleep(self.limits.rescan_seconds)
+            bring_in_line = self.scan
 
     # --- loading and unloading ---
 

@@ -62,8 +62,9 @@ class Bench:
     async def ask(self, *values: int, seconds: float = 10) -> list[float]:
         """Admit, submit, and read the answers back as the values that they came from; -1 for a failure."""
         images = [np.full((1, 2, 2), value, np.uint8) for value in values]
-        with self.batcher.admit(len(images)):
-            submission = await self.batcher.submit(images, asyncio.get_running_loop().time() + seconds)
+        deadline = asyncio.get_running_loop().time() + seconds
+        with self.batcher.admit(len(images), deadline):
+            submission = await self.batcher.submit(images, deadline)
         return answers(submission)
 
     async def settle(self) -> None:
@@ -83,7 +84,12 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 def run(
-    test: Callable[[Bench], Awaitable[None]], *, held: bool = False, max_batch: int = 8, queue_size: int = 64
+    test: Callable[[Bench], Awaitable[None]],
+    *,
+    held: bool = False,
+    max_batch: int = 8,
+    queue_size: int = 64,
+    seconds_per_image: float = 0.0,
 ) -> Bench:
     """Run an async test on a fresh batcher; a held engine waits for `go`."""
     engine, meter = Engine(), Meter()
@@ -98,7 +104,7 @@ def run(
                 asyncio.Lock(),
                 max_batch=max_batch,
                 queue_size=queue_size,
-                seconds_per_image=0.5,
+                seconds_per_image=seconds_per_image,
                 meter=meter,
             )
             bench = Bench(batcher, engine, meter)
@@ -144,7 +150,48 @@ def test_a_full_queue_refuses_with_the_time_to_wait_and_admits_again_afterwards(
         await waiting
         assert await bench.ask(1, 2, 3) == [1, 2, 3]
 
-    assert run(test, held=True, queue_size=8).meter.last_pending == 0
+    assert run(test, held=True, queue_size=8, seconds_per_image=0.5).meter.last_pending == 0
+
+
+def test_who_can_not_be_in_time_is_told_at_the_door_and_who_can_is_let_in() -> None:
+    async def test(bench: Bench) -> None:
+        waiting = asyncio.create_task(bench.ask(*range(6)))
+        await bench.settle()
+        with pytest.raises(QueueFull) as refusal:
+            await bench.ask(1, 2, seconds=3.9)
+        assert (refusal.value.retry_after, refusal.value.facts) == (6 * 0.5, {"limit": 64, "pending": 6})
+        assert str(refusal.value) == (
+            "6 pictures are waiting and 2 more wouldn't be done in the 3.9 s until their deadline; try again in 3 s"
+        )
+        in_time = asyncio.create_task(bench.ask(1, 2, seconds=4.1))
+        await bench.settle()
+        bench.engine.go.set()
+        assert await asyncio.gather(waiting, in_time) == [[0, 1, 2, 3, 4, 5], [1, 2]]
+
+    assert run(test, held=True, seconds_per_image=0.5).engine.computed == [0, 1, 2, 3, 4, 5, 1, 2]
+
+
+def test_where_nothing_waits_a_request_is_tried_however_slow_the_engine_was() -> None:
+    async def test(bench: Bench) -> None:
+        assert await bench.ask(1, seconds=0.5) == [1]
+
+    run(test, seconds_per_image=60)
+
+
+def test_one_picture_that_met_a_bad_moment_does_not_speak_for_the_next() -> None:
+    async def test(bench: Bench) -> None:
+        bench.engine.go.clear()
+        held = asyncio.create_task(bench.ask(1))
+        await asyncio.sleep(0.3)
+        bench.engine.go.set()
+        await held
+        bench.engine.go.clear()
+        waiting = [asyncio.create_task(bench.ask(value, seconds=2)) for value in range(32)]
+        await bench.settle()
+        bench.engine.go.set()
+        assert await asyncio.gather(*waiting) == [[value] for value in range(32)]
+
+    run(test)
 
 
 def test_a_deadline_that_passes_in_the_queue_names_the_queue_and_nothing_is_computed() -> None:
@@ -226,7 +273,7 @@ def test_an_error_beside_the_engine_fails_its_batch_is_logged_and_does_not_stop_
 def test_the_wait_is_told_from_the_measured_rate() -> None:
     async def test(bench: Bench) -> None:
         for _ in range(60):
-            await bench.ask(1)
+            await bench.ask(*range(8))
         bench.engine.go.clear()
         waiting = asyncio.create_task(bench.ask(*range(8)))
         await bench.settle()
@@ -236,7 +283,7 @@ def test_the_wait_is_told_from_the_measured_rate() -> None:
         bench.engine.go.set()
         await waiting
 
-    run(test, queue_size=8)
+    run(test, queue_size=8, seconds_per_image=0.5)
 
 
 def test_closing_answers_what_was_admitted() -> None:

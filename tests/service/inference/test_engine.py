@@ -75,7 +75,7 @@ def test_a_way_that_disagrees_with_float32_is_timed_but_not_chosen(tmp_path: Pat
     def coarse(images: np.ndarray) -> np.ndarray:
         return np.roll(golden.logits[: len(images)], 1, axis=1)
 
-    timing = engine._time("coarse", coarse, golden, golden.logits, manifest)
+    timing = engine._judge("coarse", engine._measure(coarse, golden), golden.logits, manifest)
     assert timing.refused is not None
     assert timing.refused.endswith("best classes differ from float32")
 
@@ -102,11 +102,8 @@ def sure(count: int, classes: int = 16) -> Logits:
 def test_a_way_may_differ_from_float32_in_one_best_class_and_by_0_02_in_probability(
     tmp_path: Path, candidate: Logits, refused: str | None
 ) -> None:
-    ref = make_bundle(tmp_path)
-    manifest = store.read_manifest(tmp_path, ref)
-    golden = read_golden(ref.path(tmp_path) / GOLDEN, manifest)
-    chunks = iter(np.array_split(candidate, 8))
-    timing = engine._time("near", lambda _: next(chunks, candidate), golden, sure(0), manifest)
+    manifest = store.read_manifest(tmp_path, make_bundle(tmp_path))
+    timing = engine._judge("near", engine.Measured(candidate, {1: 1.0}), sure(0), manifest)
     assert timing.refused == refused
 
 

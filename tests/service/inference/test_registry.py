@@ -616,3 +616,26 @@ def test_a_model_that_is_held_back_while_it_answers_stops_answering(artifacts: P
         assert await ask(registry, 4) == "grey-4 by greys@1"
 
     run(artifacts, test)
+
+
+def test_the_default_model_answers_before_the_others_are_loaded_and_who_asks_for_one_of_those_waits(
+    artifacts: Path,
+) -> None:
+    make_bundle(artifacts, "early")  # before the default one in the alphabet
+
+    async def test(registry: Registry) -> None:
+        assert states(registry) == {"early@1": "unverified", "greys@1": "loaded"}
+        assert await ask(registry, 5) == "grey-5 by greys@1"
+        assert await ask(registry, 3, model="early") == "grey-3 by early@1"
+
+    run(artifacts, test)
+
+
+def test_where_the_default_model_is_bad_the_next_one_is_loaded_before_it_begins(artifacts: Path) -> None:
+    ref = make_bundle(artifacts, "other")
+    flip_a_bit(artifacts / "greys" / "1" / "model.ts")
+
+    async def test(registry: Registry) -> None:
+        assert states(registry) == {"greys@1": "refused", str(ref): "loaded"}
+
+    run(artifacts, test)
