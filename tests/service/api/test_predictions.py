@@ -1,5 +1,6 @@
 import base64
 import io
+import re
 import struct
 import time
 import zlib
@@ -559,26 +560,41 @@ def test_a_deadline_that_passes_while_a_version_is_loaded_names_the_load(setting
         assert essence(patient.json()["predictions"][0]) == prediction(5)
 
 
-@pytest.mark.parametrize("stage", ["queue", "infer"])
-def test_a_deadline_that_passes_before_or_at_the_engine_names_it(settings: Settings, stage: str) -> None:
+def test_a_deadline_that_passes_at_the_engine_names_it(settings: Settings) -> None:
     make_bundle(settings.artifacts, module=Slow())
-    with application(settings, max_batch=1) as client, ThreadPoolExecutor(2) as pool:
+    with application(settings, max_batch=1) as client:
         slow = files(*[grey(1)] * 200)
-        if stage == "infer":
-            response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "100"})
-        else:
-            before = [pool.submit(client.post, "/predict", files=slow) for _ in range(2)]
-            while 'safelight_pending_images{model="greys",version="2"} 400.0' not in client.get("/metrics").text:
-                assert not any(one.done() for one in before)
-                time.sleep(0.02)
-            response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "300"})
-            assert [one.result().status_code for one in before] == [200, 200]
+        response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "100"})
         assert problem(response) == {
             "title": "Not answered in time",
             "status": 504,
-            "detail": f"the deadline passed in the {stage} stage",
+            "detail": "the deadline passed in the infer stage",
             "code": "deadline_exceeded",
-            "stage": stage,
+            "stage": "infer",
+        }
+
+
+def test_who_can_not_be_answered_by_the_deadline_is_told_so_at_once_and_when_to_come_back(settings: Settings) -> None:
+    make_bundle(settings.artifacts, module=Slow())
+    with application(settings, max_batch=1, queue_size=512) as client, ThreadPoolExecutor(2) as pool:
+        before = [pool.submit(client.post, "/predict", files=files(*[grey(1)] * 200)) for _ in range(2)]
+        while 'safelight_pending_images{model="greys",version="2"} 400.0' not in client.get("/metrics").text:
+            assert not any(one.done() for one in before)
+            time.sleep(0.02)
+        response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "100"})
+        assert [one.result().status_code for one in before] == [200, 200]
+        found = problem(response)
+        assert re.fullmatch(
+            r"400 pictures are waiting and 1 more wouldn't be done in the 0\.1 s until their deadline; "
+            rf"try again in {response.headers['Retry-After']} s",
+            found.pop("detail"),
+        )
+        assert found == {
+            "title": "The queue is full",
+            "status": 429,
+            "code": "queue_full",
+            "limit": 512,
+            "pending": 400,
         }
 
 
