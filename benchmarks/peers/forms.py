@@ -77,17 +77,17 @@ def v2_base64(pictures: list[bytes]) -> Content:
 def v2_pictures(pictures: list[bytes]) -> Content:
     """The V2 protocol with a binary tensor of undecoded pictures."""
     data = b"".join(struct.pack("<I", len(picture)) + picture for picture in pictures)
-    return _v2_binary([len(pictures), 1], "BYTES", data)
+    return _v2_binary("pictures", [len(pictures), 1], "BYTES", data)
 
 
 def v2_pixels(pictures: list[bytes]) -> Content:
     """The V2 protocol with a binary tensor of pixels [N, C, H, W]: the client has decoded the pictures."""
     images = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).transpose(2, 0, 1) for picture in pictures]
-    return _v2_binary([len(images), *images[0].shape], "UINT8", np.stack(images).tobytes())
+    return _v2_binary("pixels", [len(images), *images[0].shape], "UINT8", np.stack(images).tobytes())
 
 
-def _v2_binary(shape: list[int], datatype: str, data: bytes) -> Content:
-    tensor = {"name": "input", "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": len(data)}}
+def _v2_binary(name: str, shape: list[int], datatype: str, data: bytes) -> Content:
+    tensor = {"name": name, "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": len(data)}}
     asked = {"name": V2_OUTPUT, "parameters": {"binary_data": True}}
     head = json.dumps({"inputs": [tensor], "outputs": [asked]}).encode()
     return {"Content-Type": "application/octet-stream", V2_HEAD: str(len(head))}, head + data

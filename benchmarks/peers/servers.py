@@ -280,7 +280,7 @@ class MlServer(Server):
 TRITON = """name: "peer"
 backend: "python"
 max_batch_size: 64
-input [{{ name: "input" {tensor} }}]
+input [{{ name: "{input}" {tensor} }}]
 output [{{ name: "label" data_type: TYPE_STRING dims: [ 1 ] }},
         {{ name: "probabilities" data_type: TYPE_FP32 dims: [ {classes} ] }}]
 instance_group [{{ count: {instances} kind: KIND_CPU }}]

@@ -74,7 +74,7 @@ def test_pictures_go_undecoded_into_a_binary_tensor() -> None:
     headers, body = forms.v2_pictures([b"one", b"three"])
     size = int(headers[forms.V2_HEAD])
     assert json.loads(body[:size]) == {
-        "inputs": [{"name": "input", "shape": [2, 1], "datatype": "BYTES", "parameters": {"binary_data_size": 16}}],
+        "inputs": [{"name": "pictures", "shape": [2, 1], "datatype": "BYTES", "parameters": {"binary_data_size": 16}}],
         "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}],
     }
     assert body[size:] == struct.pack("<I", 3) + b"one" + struct.pack("<I", 5) + b"three"
@@ -86,7 +86,7 @@ def test_pixels_go_channel_by_channel_into_a_binary_tensor() -> None:
     size = int(headers[forms.V2_HEAD])
     (tensor,) = json.loads(body[:size])["inputs"]
     assert tensor == {
-        "name": "input",
+        "name": "pixels",
         "shape": [1, 3, 32, 32],
         "datatype": "UINT8",
         "parameters": {"binary_data_size": 3072},

@@ -18,7 +18,7 @@ class TritonPythonModel:
         self.classifier = Classifier()
 
     def execute(self, requests: list) -> list:
-        groups = [self.images(backend.get_input_tensor_by_name(request, "input").as_numpy()) for request in requests]
+        groups = [self.images(request.inputs()[0].as_numpy()) for request in requests]
         chances = self.classifier.probabilities([image for group in groups for image in group])
         labels = LABELS[chances.argmax(1)].reshape(-1, 1)
         responses, start = [], 0
