@@ -163,7 +163,8 @@ def test_tritonclient_loads_and_unloads(client: triton.InferenceServerClient) ->
 
 
 def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) -> None:
-    """As perf_analyzer does it: a window of requests under way, and the server's own statistics before and after."""
+    """As perf_analyzer does it: a window of requests under way, and the server's own statistics before and after. Those
+    of two pictures each are a batch at least, whoever comes beside them."""
     url = server.url.removeprefix("http://")
     with triton.InferenceServerClient(url, concurrency=16) as client:
 
@@ -174,9 +175,9 @@ def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) ->
         before = statistics()
         for _ in range(10):
             levels = [(3 * place) % 16 for place in range(32)]
-            waiting = [client.async_infer("greys", [as_input(greys(level))], model_version="1") for level in levels]
-            found = [int(request.get_result().as_numpy("logits").argmax()) for request in waiting]
-            assert found == levels
+            waiting = [client.async_infer("greys", [as_input(greys(level, 5))], model_version="1") for level in levels]
+            found = [request.get_result().as_numpy("logits").argmax(1).tolist() for request in waiting]
+            assert found == [[level, 5] for level in levels]
         after = statistics()
     images = after["inference_count"] - before["inference_count"]
     batches = after["execution_count"] - before["execution_count"]
@@ -184,8 +185,8 @@ def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) ->
         part: after["inference_stats"]["success"][part] - before["inference_stats"]["success"][part]
         for part in ("count", "ns")
     }
-    assert images == success["count"] == 320
-    assert batches < images
+    assert (images, success["count"]) == (640, 320)
+    assert 10 <= batches <= 320
     assert success["ns"] > 0
 
 
