@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from benchmarks.peers import forms
@@ -17,7 +18,7 @@ APPS = HERE / "apps"
 ROOT = HERE.parents[1]
 
 
-class Server:
+class Server(ABC):
     """A server that is measured. A subclass has `defaults` of its own, which NAME:key=value changes."""
 
     name: str
@@ -46,14 +47,16 @@ class Server:
     def installed(self) -> bool:
         return (self.home / "venvs" / self.name / ".installed").exists()
 
+    @abstractmethod
     def forms(self) -> dict[str, Form]:
-        raise NotImplementedError
+        """The ways in which it is asked, by name."""
 
-    def prepare(self, work: Path, port: int) -> None:
+    def prepare(self, work: Path, port: int) -> None:  # noqa: B027 - most need nothing
         """Write what it needs into a folder of its own."""
 
+    @abstractmethod
     def command(self, work: Path, port: int) -> list[str]:
-        raise NotImplementedError
+        """What starts it."""
 
     def environment(self, work: Path, port: int) -> dict[str, str]:
         return {}

@@ -1,12 +1,10 @@
 """Answers that are kept, and to whom they may be given again."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +14,9 @@ from service.app import create_app
 from service.errors import InferenceFailed
 from service.inference.cache import Cache, digest_of, key_of
 from service.inference.predictor import Predictor
-from service.inference.registry import Limits, Registry
+from service.inference.registry import Registry
 from service.settings import Settings
+from tests.registries import run
 from tests.tiny import LEVELS, POISON, SPEC, Fragile, grey, make_bundle, reseal
 from training.bundle import store
 from training.bundle.answers import Row, rank
@@ -26,25 +25,7 @@ from training.bundle.manifest import Calibration, Manifest
 from training.bundle.store import BundleRef
 
 PNG = {"Content-Type": "image/png"}
-
-
-def run(artifacts: Path, test: Callable[[Registry], Awaitable[None]], cache_bytes: int = 1_000_000) -> None:
-    limits = Limits(
-        device=torch.device("cpu"),
-        threads=2,
-        max_batch=8,
-        queue_size=256,
-        max_pixels=10_000_000,
-        loaded_versions=8,
-        rescan_seconds=1000,
-        cache_bytes=cache_bytes,
-    )
-
-    async def main() -> None:
-        async with Registry.open(artifacts, limits, "greys") as registry:
-            await test(registry)
-
-    asyncio.run(main())
+CACHE = 1_000_000  # bytes
 
 
 async def rows(predictor: Predictor, *pictures: object) -> list[object]:
@@ -75,7 +56,7 @@ def test_a_picture_that_comes_again_is_not_computed_again(artifacts: Path) -> No
             assert logits(old) == logits(new)
         assert [best(row) for row in again] == ["grey-5", "grey-7", "grey-3"]
 
-    run(artifacts, test)
+    run(artifacts, test, cache_bytes=CACHE)
 
 
 def logits(row: object) -> bytes:
@@ -96,7 +77,7 @@ def test_pixels_and_files_are_kept_apart(artifacts: Path) -> None:
             assert [best(row) for row in await rows(predictor, grey(3), decode(grey(3), SPEC))] == ["grey-3"] * 2
         assert computed() - before == 2
 
-    run(artifacts, test)
+    run(artifacts, test, cache_bytes=CACHE)
 
 
 def test_an_error_is_never_kept(tmp_path: Path) -> None:
@@ -112,7 +93,7 @@ def test_an_error_is_never_kept(tmp_path: Path) -> None:
             assert isinstance(poisoned, InferenceFailed)
         assert looked("hit") - before == 1
 
-    run(tmp_path, test)
+    run(tmp_path, test, cache_bytes=CACHE)
 
 
 def test_no_answer_of_another_version_is_given_even_with_the_same_weights(artifacts: Path) -> None:
@@ -134,7 +115,7 @@ def test_no_answer_of_another_version_is_given_even_with_the_same_weights(artifa
         chances = [float(row[0].chances[row[1]].max()) for row in answers[::2]]  # type: ignore[index]
         assert chances[0] == chances[2] != chances[1]
 
-    run(artifacts, test)
+    run(artifacts, test, cache_bytes=CACHE)
 
 
 def test_without_a_size_nothing_is_kept(artifacts: Path) -> None:

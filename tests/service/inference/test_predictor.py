@@ -1,41 +1,20 @@
 import asyncio
 import io
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import REGISTRY
 
 from service.errors import DeadlineExceeded, InferenceFailed
 from service.inference.predictor import MOST_AT_ONCE, Predictor, ranked
-from service.inference.registry import Limits, Registry
+from tests.registries import run_predictor
 from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle
 from training.bundle.images import NotAnImage, decode
-
-
-def run(artifacts: Path, test: Callable[[Predictor], Awaitable[None]]) -> None:
-    """Run an async test on the active version of `greys`."""
-    limits = Limits(
-        device=torch.device("cpu"),
-        threads=2,
-        max_batch=8,
-        queue_size=256,
-        max_pixels=10_000_000,
-        loaded_versions=8,
-        rescan_seconds=1000,
-    )
-
-    async def main() -> None:
-        async with Registry.open(artifacts, limits, "greys") as registry:
-            await test(await registry.predictor(registry.entry(None, None)))
-
-    asyncio.run(main())
 
 
 def in_seconds(seconds: float) -> float:
@@ -66,7 +45,7 @@ def test_decoding_stops_when_nobody_waits_for_it(artifacts: Path, why: str) -> N
         assert answered.outcomes[0].best.label == "grey-3"  # type: ignore[union-attr]
         assert time.perf_counter() - begun < 20 * one  # of 100 in each thread
 
-    run(artifacts, test)
+    run_predictor(artifacts, test)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -84,7 +63,7 @@ def test_logits_that_are_not_finite_fail_their_picture_alone(artifacts: Path, va
         labels = [row[0].answer(row[1], 1).best.label for row in (first, last)]  # type: ignore[index, union-attr]
         assert labels == ["grey-1", "grey-3"]
 
-    run(artifacts, test)
+    run_predictor(artifacts, test)
 
 
 @pytest.mark.parametrize("count", [1, MOST_AT_ONCE, MOST_AT_ONCE + 1, 100])
@@ -98,7 +77,7 @@ def test_pictures_decoded_at_once_and_in_threads_get_the_same_answers(artifacts:
             assert {outcome.best.label for outcome in answered.outcomes} == {"grey-5"}  # type: ignore[union-attr]
             assert len(answered.outcomes) == len(pictures)
 
-    run(artifacts, test)
+    run_predictor(artifacts, test)
 
 
 def test_only_pictures_with_an_answer_are_counted_as_answered(tmp_path: Path) -> None:
@@ -113,4 +92,4 @@ def test_only_pictures_with_an_answer_are_counted_as_answered(tmp_path: Path) ->
         assert (first.best.label, last.best.label) == ("grey-1", "grey-3")  # type: ignore[union-attr]
         assert REGISTRY.get_sample_value("safelight_images_total", names) == before + 2
 
-    run(tmp_path, test)
+    run_predictor(tmp_path, test)

@@ -2,7 +2,7 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,32 +17,12 @@ from service.errors import (
     VersionNotFound,
     VersionRefused,
 )
-from service.inference.registry import Limits, Registry
+from service.inference.registry import Registry
+from tests.registries import run
 from tests.tiny import Greys, Pair, flip_a_bit, grey, make_bundle, reseal
 from training.bundle import store
 from training.bundle.manifest import GOLDEN, MODULE
 from training.bundle.store import BundleRef, NameInvalid
-
-
-def run(
-    artifacts: Path, test: Callable[[Registry], Awaitable[None]], *, loaded_versions: int = 8, watch: float = 1000
-) -> None:
-    """Run an async test on a registry that scans only when told, unless `watch` says how often."""
-    limits = Limits(
-        device=torch.device("cpu"),
-        threads=2,
-        max_batch=8,
-        queue_size=64,
-        max_pixels=10_000,
-        loaded_versions=loaded_versions,
-        rescan_seconds=watch,
-    )
-
-    async def main() -> None:
-        async with Registry.open(artifacts, limits, "greys") as registry:
-            await test(registry)
-
-    asyncio.run(main())
 
 
 async def ask(registry: Registry, level: int, model: str | None = None, version: str | None = None) -> str:
@@ -110,7 +90,7 @@ def test_a_folder_that_is_copied_in_is_picked_up_without_a_restart(artifacts: Pa
                 break
         assert await ask(registry, 7, "pets") == "grey-7 by pets@1"
 
-    run(artifacts, test, watch=0.05)
+    run(artifacts, test, rescan_seconds=0.05)
 
 
 def test_a_copy_that_was_seen_half_done_is_looked_at_again(artifacts: Path, tmp_path: Path) -> None:
@@ -378,7 +358,7 @@ def test_the_watcher_outlives_a_folder_that_goes_away_and_an_error_of_our_own(
         make_bundle(artifacts, "pets")
         await until(lambda: "pets" in registry.lines and registry.lines["pets"].active == "1")
 
-    run(artifacts, test, watch=0.02)
+    run(artifacts, test, rescan_seconds=0.02)
 
 
 # --- who answers ------------------------------------------------------------------------------------------------------

@@ -90,6 +90,17 @@ class Workshop:
     async def at_step(self, job: Job, step: int) -> Job:
         return await self.seen(job, lambda _: f'"checkpointed", "step": {step},' in self.events(job))
 
+    async def paused(self, runner: Runner, job: Job, step: int = 3) -> Job:
+        """Pause a job once it is at this step, and wait until it is."""
+        await self.at_step(job, step)
+        self.jobs.pause(job.id)
+        runner.wake()
+        return await self.until(job, "paused")
+
+    def resume(self, runner: Runner, job: Job) -> None:
+        self.jobs.resume(job.id)
+        runner.wake()
+
     async def seen(self, job: Job, what: Callable[[Job], bool], seconds: float = 15) -> Job:
         end = time.monotonic() + seconds
         while not what(found := self.jobs.get(job.id)):
@@ -258,8 +269,7 @@ async def test_a_paused_job_goes_on_to_the_weights_that_it_would_have_had(shop: 
         assert shop.events(paused).splitlines() == lines
         assert json.loads(lines[-1])["event"] == "held"
         resumed = time.monotonic()
-        shop.jobs.resume(paused.id)
-        runner.wake()
+        shop.resume(runner, paused)
         await shop.until(paused, "running")
         assert time.monotonic() - resumed < 1
         await shop.until(paused, "succeeded")
@@ -273,13 +283,9 @@ async def test_a_job_may_be_paused_again_and_again_and_its_pauses_do_not_count(s
     begun = time.monotonic()
     async with shop.runner(job_seconds=3.0).working() as runner:
         for step in (3, 6, 9):
-            await shop.at_step(job, step)
-            shop.jobs.pause(job.id)
-            runner.wake()
-            await shop.until(job, "paused")
+            await shop.paused(runner, job, step)
             await asyncio.sleep(1)
-            shop.jobs.resume(job.id)
-            runner.wake()
+            shop.resume(runner, job)
         done = await shop.until(job, "succeeded")
     assert len(shop.pids(job)) == 1
     assert 60 * 0.02 < done.seconds < time.monotonic() - begun - 3
@@ -293,10 +299,7 @@ def test_a_paused_job_whose_process_has_ended_goes_on_from_its_checkpoint(shop: 
         async with shop.runner(hold_seconds=seconds).working() as runner:
             await shop.until(plain, "succeeded")
             expected = shop.weights()
-            await shop.at_step(paused, 3)
-            shop.jobs.pause(paused.id)
-            runner.wake()
-            await shop.until(paused, "paused")
+            await shop.paused(runner, paused)
             (pid,) = shop.pids(paused)
             assert alive(pid) == (ending != "at once")
             other = shop.queue(steps=10) if ending == "another job" else None
@@ -306,8 +309,7 @@ def test_a_paused_job_whose_process_has_ended_goes_on_from_its_checkpoint(shop: 
             if other:
                 await shop.until(other, "succeeded")
             assert shop.jobs.get(paused.id).status == "paused"
-            shop.jobs.resume(paused.id)
-            runner.wake()
+            shop.resume(runner, paused)
             await shop.until(paused, "succeeded")
         assert shop.weights() == expected
         assert len(shop.pids(paused)) == 2
@@ -320,10 +322,7 @@ def test_a_paused_job_whose_process_has_ended_goes_on_from_its_checkpoint(shop: 
 async def test_a_paused_job_may_be_cancelled(shop: Workshop) -> None:
     job = shop.queue(steps=10_000)
     async with shop.runner().working() as runner:
-        await shop.at_step(job, 3)
-        shop.jobs.pause(job.id)
-        runner.wake()
-        await shop.until(job, "paused")
+        await shop.paused(runner, job)
         assert shop.jobs.cancel(job.id).status == "cancelled"
         runner.wake()
         left = {"run.json", "events.jsonl", "log.txt"}
@@ -335,10 +334,7 @@ async def test_a_paused_job_may_be_cancelled(shop: Workshop) -> None:
 async def test_no_held_process_outlives_its_service(shop: Workshop) -> None:
     job = shop.queue(steps=40)
     async with shop.runner().working() as runner:
-        await shop.at_step(job, 3)
-        shop.jobs.pause(job.id)
-        runner.wake()
-        await shop.until(job, "paused")
+        await shop.paused(runner, job)
     assert not any(map(alive, shop.pids(job)))
     assert shop.jobs.get(job.id).status == "paused"
     async with shop.runner().working():
