@@ -48,9 +48,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="Post an image, get a calibrated answer.",
         lifespan=resources(settings),
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours is in telemetry.py
     )
-    for busiest in (predictions.router, inference_protocol.infer_router):
-        app.router.routes.extend(busiest.routes)  # included, they would go through FastAPI's layers after all
+    # The busiest first, and not included: they would go through FastAPI's layers after all.
+    app.router.routes[:0] = [*predictions.router.routes, *inference_protocol.infer_router.routes]
     app.include_router(models.router, tags=["models"])
     app.include_router(datasets.router, tags=["datasets"])
     app.include_router(training.router, tags=["train"])

@@ -255,6 +255,8 @@ async def infer(request: Request) -> Response:
     path = request.path_params
     entry = registry.entry(path["model"], path.get("version"))
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
+    if entry.predictor:
+        entry.predictor.check_room(asyncio.get_running_loop().time() + settings.deadline_seconds)
     body = await _body(request, settings.max_body_bytes)
     message = await while_connected(request, _infer(request, registry, entry, body, settings))
     return _reply(request, message)

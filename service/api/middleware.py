@@ -1,10 +1,12 @@
 """What surrounds every request: its id, its log line and metrics, the last catch, and the cap on its body."""
 
 import logging
+import math
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,10 +14,11 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import problems
-from service.errors import BodyTooLarge, ClientGone
+from service.errors import BodyTooLarge, ClientGone, QueueFull
 from service.telemetry import REQUESTS, logger
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+QUEUE_FULL = problems.PROBLEMS[QueueFull].code
 QUIET = ("/health/", "/metrics")  # asked every few seconds by machines; logged at debug
 
 
@@ -24,6 +27,7 @@ class Observe:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._refusals = Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,10 +57,28 @@ class Observe:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             REQUESTS.labels(route, str(status)).inc()
-            level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
-            facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-            milliseconds = round((time.perf_counter() - begun) * 1000, 2)
-            logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
+            if state["log"].get("code") != QUEUE_FULL or self._refusals.told(state["log"]):
+                level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
+                facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+                milliseconds = round((time.perf_counter() - begun) * 1000, 2)
+                logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
+
+
+class Refusals:
+    """Those for want of room get a line a second, not one each: they come by the thousand, when time is short."""
+
+    def __init__(self) -> None:
+        self._told = -math.inf
+        self._untold = 0
+
+    def told(self, facts: dict[str, Any]) -> bool:
+        """Whether this one gets a line; if so, `refused` is how many have come since the last that did."""
+        self._untold += 1
+        now = time.monotonic()
+        if now - self._told < 1:
+            return False
+        facts["refused"], self._told, self._untold = self._untold, now, 0
+        return True
 
 
 @dataclass(frozen=True)

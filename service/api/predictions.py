@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -26,6 +27,8 @@ from training.bundle.manifest import Manifest
 
 router = APIRouter(route_class=Direct, tags=["predict"])
 
+KEPT_QUESTIONS = 100  # most clients ask the same thing again and again of other pictures
+
 _PICTURE = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "required": True,
@@ -44,7 +47,7 @@ _BODY = {
 }
 
 
-class Question(BaseModel):
+class Question(BaseModel, frozen=True):
     """What may be said beside the pictures."""
 
     model: str | None = Field(None, description="the default model if left out")
@@ -98,24 +101,28 @@ async def predict(request: Request) -> Response:
     In a request of many, a picture that fails has `error` in its place and the status is 200; a request whose only
     picture fails gets that problem's own status.
     """
-    question = _question(request)
+    question = _question(request.scope["query_string"], request.headers.get("x-deadline-ms"))
     settings: Settings = request.state.settings
     registry: Registry = request.state.registry
-    pictures = await read_pictures(request, settings.max_images)
+    clock = asyncio.get_running_loop().time
     allowed = settings.deadline_seconds
     seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
-    deadline = asyncio.get_running_loop().time() + seconds
     entry = registry.entry(question.model, question.version)
+    if entry.predictor:
+        entry.predictor.check_room(clock() + seconds)
+    pictures = await read_pictures(request, settings.max_images)
+    deadline = clock() + seconds
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version, "images": len(pictures)}
     manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
     return _reply(request, manifest, answered)
 
 
-def _question(request: Request) -> Question:
+@lru_cache(KEPT_QUESTIONS)
+def _question(query: bytes, deadline_ms: str | None) -> Question:
     """What FastAPI would read in ten times the time. Raises RequestValidationError."""
-    asked = dict(parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+    asked = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
     try:
-        return Question.model_validate(asked | {"deadline_ms": request.headers.get("x-deadline-ms")})
+        return Question.model_validate(asked | {"deadline_ms": deadline_ms})
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         raise RequestValidationError([item | {"loc": _PLACES[str(item["loc"][0])]} for item in found]) from error

@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from service import errors
@@ -103,18 +103,19 @@ def of(error: SafelightError, request_id: str) -> dict[str, Any]:
 
 def reply(
     request: Request, kind: Kind, detail: str, headers: dict[str, str] | None = None, /, **facts: object
-) -> JSONResponse:
+) -> Response:
     """A problem as the whole reply; its code goes into the request's log line."""
     request.state.log["code"] = kind.code
-    if request.url.path.startswith(OPENAI):
+    path = request.scope["path"]
+    if path.startswith(OPENAI):
         return _openai_reply(kind, detail, headers or {}, facts)
-    if request.url.path.startswith(INFERENCE_PROTOCOL):
+    if path.startswith(INFERENCE_PROTOCOL):
         ERRORS.labels(kind.code).inc()
-        return JSONResponse({"error": detail, "code": kind.code}, kind.status, headers)
-    return JSONResponse(body(kind, detail, request.state.request_id, **facts), kind.status, headers, MEDIA_TYPE)
+        return _json({"error": detail, "code": kind.code}, kind.status, headers)
+    return _json(body(kind, detail, request.state.request_id, **facts), kind.status, headers, MEDIA_TYPE)
 
 
-def _openai_reply(kind: Kind, detail: str, headers: dict[str, str], facts: dict[str, Any]) -> JSONResponse:
+def _openai_reply(kind: Kind, detail: str, headers: dict[str, str], facts: dict[str, Any]) -> Response:
     """The same in OpenAI's shape; `param` is what was wrong, as far as it has a name."""
     ERRORS.labels(kind.code).inc()
     if kind.status == 409 and "Retry-After" not in headers:
@@ -123,7 +124,13 @@ def _openai_reply(kind: Kind, detail: str, headers: dict[str, str], facts: dict[
     param = named[0] if named else facts.get("param") or facts.get("setting")
     message = OWN_ID.sub(lambda match: OPENAI_IDS[match[1]], detail)
     error = {"message": message, "type": _openai_type(kind.status), "param": param or None, "code": kind.code}
-    return JSONResponse({"error": error}, kind.status, headers)
+    return _json({"error": error}, kind.status, headers)
+
+
+def _json(
+    content: object, status: int, headers: dict[str, str] | None, media_type: str = "application/json"
+) -> Response:
+    return Response(to_json(content), status, headers, media_type)
 
 
 def _openai_type(status: int) -> str:
@@ -135,7 +142,7 @@ def _openai_type(status: int) -> str:
 # --- handlers, for FastAPI to call ---
 
 
-async def on_safelight_error(request: Request, error: Exception) -> JSONResponse:
+async def on_safelight_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SafelightError)
     headers = {}
     if isinstance(error, errors.QueueFull):
@@ -147,14 +154,14 @@ async def on_safelight_error(request: Request, error: Exception) -> JSONResponse
     return reply(request, kind_of(error), str(error), headers, **error.facts)
 
 
-async def on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
+async def on_invalid_parameter(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = [{"parameter": ".".join(map(str, item["loc"])), "detail": item["msg"]} for item in error.errors()]
     detail = "; ".join(f"{item['parameter']}: {item['detail']}" for item in found)
     return reply(request, INVALID_PARAMETER, detail, errors=found)
 
 
-async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, SafelightError):  # met while FastAPI itself read a body, which makes it a 400
         return await on_safelight_error(request, error.__cause__)

@@ -120,10 +120,18 @@ class Batcher(Generic[T]):
 
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[None]:
-        """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull.
+        """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull."""
+        self.check_room(count, deadline)
+        self._count(count)
+        try:
+            yield
+        finally:
+            self._count(-count)
 
-        Who can't be answered by the deadline, as fast as things go, is told now. Where nothing waits all are let in:
-        the pace may have been that of a bad moment, and is measured again.
+    def check_room(self, count: int, deadline: float) -> None:
+        """Raise QueueFull where `count` more pictures don't fit, or can't be answered by the deadline as things go.
+
+        Where nothing waits all are let in: the pace may have been that of a bad moment, and is measured again.
         """
         wait = self._pace.seconds(self._pending)
         reason = None
@@ -141,11 +149,6 @@ class Batcher(Generic[T]):
                 limit=self._queue_size,
                 pending=self._pending,
             )
-        self._count(count)
-        try:
-            yield
-        finally:
-            self._count(-count)
 
     async def submit(self, images: Sequence[Pixels], deadline: float) -> Submission[T]:
         """Compute pictures [C, H, W]; returns when each has an outcome. Raises DeadlineExceeded.

@@ -79,6 +79,12 @@ class Predictor:
         self._failed_seconds = FAILED_SECONDS.labels(*names)
         self._stage_seconds = {stage: STAGE_SECONDS.labels(stage, *names) for stage in STAGES}
 
+    def check_room(self, deadline: float) -> None:
+        """Raise QueueFull where not even one picture would be let in: what is refused before its body is read costs
+        little, and there is much of it when it matters. What the cache knows needs no room."""
+        if self._cache is None:
+            self._batcher.check_room(1, deadline)
+
     async def predict(self, pictures: Sequence[Picture], top_k: int, deadline: float) -> Answered:
         """The `top_k` best classes of each picture. Raises TopKOutOfRange, and what `compute` raises."""
         classes = len(self.manifest.classes)

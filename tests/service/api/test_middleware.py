@@ -1,17 +1,21 @@
 import asyncio
 import json
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import REGISTRY
 from starlette.types import Message, Scope
 
 from service.api.middleware import BodyLimit, Cap
 from service.app import create_app
 from service.errors import BodyTooLarge
 from service.settings import Settings
-from tests.tiny import grey
+from tests.tiny import Slow, grey, make_bundle
 
 PNG = {"Content-Type": "image/png"}
 
@@ -104,6 +108,64 @@ def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(
     requests = [vars(record) for record in caplog.records if record.getMessage() == "request"]
     assert [line["code"] for line in requests] == ["client_gone"] * 4
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@contextmanager
+def full(settings: Settings) -> Iterator[tuple[FastAPI, TestClient]]:
+    """An application whose queue is full for about a second."""
+    make_bundle(settings.artifacts, module=Slow())
+    app = create_app(settings.model_copy(update={"max_batch": 1, "queue_size": 200}))
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        before = pool.submit(client.post, "/predict", files=[("file", grey(1))] * 200)
+        while 'safelight_pending_images{model="greys",version="2"} 200.0' not in client.get("/metrics").text:
+            assert not before.done()
+        yield app, client
+        assert not before.done()
+        assert before.result().status_code == 200
+
+
+def test_refusals_for_want_of_room_get_a_line_a_second_and_are_all_counted(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    def counted() -> float:
+        labels = {"route": "/predict", "status": "429"}
+        return REGISTRY.get_sample_value("safelight_requests_total", labels) or 0
+
+    caplog.set_level(logging.INFO, "safelight")
+    before = counted()
+    with full(settings) as (_, client):
+        refused = 0
+        while sum("refused" in vars(record) for record in caplog.records) < 2:
+            assert client.post("/predict", content=grey(1), headers=PNG).status_code == 429
+            refused += 1
+    lines = [vars(record) for record in caplog.records if vars(record).get("code") == "queue_full"]
+    assert [line["refused"] for line in lines] == [1, refused - 1]
+    assert [line["status"] for line in lines] == [429, 429]
+    assert counted() - before == refused > 2
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/greys/infer"])
+def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings, path: str) -> None:
+    sent: list[Message] = []
+
+    async def ask(app: FastAPI) -> None:
+        async def receive() -> Message:
+            raise AssertionError("the body was read")
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"image/png"), (b"x-request-id", b"r-1")]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        await app(scope | {"state": dict(client.app_state)}, receive, send)
+
+    with full(settings) as (app, client):
+        client.portal.call(ask, app)  # type: ignore[union-attr]
+    assert sent[0]["status"] == 429
+    assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
+    said = json.loads(sent[1]["body"])
+    assert said["code"] == "queue_full"
+    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in (said.get("detail") or said["error"])
 
 
 def test_what_nobody_caught_is_a_plain_500_without_a_trace(
