@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from training import augment, checkpoint, events
 from training.checkpoint import State
@@ -28,6 +27,9 @@ from training.hold import working_time
 from training.networks import ConvNet, build
 from training.optimizers import build_optimizers, set_learning_rate
 from training.recipes import Recipe
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -74,6 +76,8 @@ def train(
     emit: Emit,
 ) -> Trained:
     """Train a network by a recipe, in the folder `run`. Raises Interrupted, Diverged, CheckpointError."""
+    from torch.utils.tensorboard import SummaryWriter  # a quarter of a second; fine-tuning, which imports us, has none
+
     torch.manual_seed(seed)
     fitted, held = holdout(dataset.train, recipe.holdout)
     batches = Batches(fitted, recipe, seed, device)
@@ -231,7 +235,7 @@ def _started(
     )
 
 
-def _log(board: SummaryWriter, row: dict[str, Any]) -> None:
+def _log(board: "SummaryWriter", row: dict[str, Any]) -> None:
     for name in ("loss", "accuracy"):
         for part in ("train", "holdout"):
             board.add_scalar(f"{name}/{part}", row[f"{part}_{name}"], row["step"])

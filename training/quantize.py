@@ -26,7 +26,8 @@ from training.evaluate import accuracy, infer
 from training.loop import Emit
 from training.networks import ConvNet
 
-SEEN, DRAWN = 128, 64  # pictures that ranges are chosen by, and golden ones beside them
+SEEN = 128  # pictures that ranges are chosen by
+DRAWN = 64  # golden ones beside them; they are also those whose logits are kept, for more take time and show no more
 SAMPLED = 30_000  # values of them for each layer; from 32,768 torch shares the work, and waits, on a busy machine
 DRAWN_WEIGHT = 0.003  # of a golden picture's error, where a real one's counts 1
 CUTS = np.linspace(0.06, 1.0, 48)  # of the largest value: what lies above is cut off
@@ -50,9 +51,10 @@ def int8_form(
 def quantize(network: ConvNet, images: Tensor, checked: Split, golden: Tensor, temperature: float) -> Int8:
     """Choose ranges by pictures [N, C, H, W] and measure the int8 form on others; `golden` are the golden images."""
     device = next(network.parameters()).device
+    golden = golden[:DRAWN]
     folded = deepcopy(network).float().folded()
     some = images[:: max(1, len(images) // SEEN)][:SEEN]  # from all over: data sets may be sorted by class
-    ranges = choose_ranges(inputs(folded, some), inputs(folded, golden[:DRAWN]))
+    ranges = choose_ranges(inputs(folded, some), inputs(folded, golden))
     rounded = simulated(folded, ranges)
     logits, exact = (infer(form, checked.images, device) for form in (rounded, folded))
     figures = Figures(

@@ -4,11 +4,11 @@ A classifier's errors and another's on the same pictures are paired: `fixed` cou
 right, `broken` those that only the second has right. docs/gate.md has the references.
 """
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtrc, ndtri  # not scipy.stats, which takes two seconds to import
 
 Labels = NDArray[np.int64]  # [N], indices of classes
 Flags = NDArray[np.bool_]  # [N]
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 def wilson(right: int, n: int, confidence: float = 0.95) -> Interval:
     """Two-sided interval of a share (Wilson, 1927)."""
-    z = float(ndtri((1 + confidence) / 2))
+    z = _quantile(confidence)
     middle = (right + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * (right * (n - right) / n + z**2 / 4) ** 0.5
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
@@ -36,8 +36,12 @@ def mcnemar(fixed: int, broken: int) -> float:
 
 
 def sign_test(heads: int, tosses: int) -> float:
-    """The chance that a fair coin shows at least so many heads."""
-    return float(bdtrc(heads - 1, tosses, 0.5)) if heads else 1.0
+    """The chance that a fair coin shows at least so many heads: exact, by counting all that it can show."""
+    ways = total = 1  # to show `shown` heads, and at least so many; from all heads downward
+    for shown in range(tosses, heads, -1):
+        ways = ways * shown // (tosses - shown + 1)
+        total += ways
+    return total / 2**tosses
 
 
 def paired_difference(fixed: int, broken: int, n: int, confidence: float = 0.95) -> Interval:
@@ -46,8 +50,13 @@ def paired_difference(fixed: int, broken: int, n: int, confidence: float = 0.95)
     Wald's with one more picture fixed and one more broken, so that it has a width where nothing changed.
     """
     gained, lost = (fixed + 1) / (n + 2), (broken + 1) / (n + 2)
-    half = ndtri((1 + confidence) / 2) * np.sqrt((gained + lost - (gained - lost) ** 2) / (n + 2))
+    half = _quantile(confidence) * np.sqrt((gained + lost - (gained - lost) ** 2) / (n + 2))
     return Interval(max(-1.0, float(gained - lost - half)), min(1.0, float(gained - lost + half)))
+
+
+def _quantile(confidence: float) -> float:
+    """How many standard deviations to either side of its mean hold this share of a normal distribution."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def macro_recall(labels: Labels, answers: Labels) -> float:

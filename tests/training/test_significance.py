@@ -70,6 +70,11 @@ def test_a_sign_test_counts_heads() -> None:
     assert (sign_test(8, 10), sign_test(0, 0)) == (pytest.approx((45 + 10 + 1) / 1024), 1.0)
 
 
+def test_a_sign_test_of_ten_thousand_tosses_is_exact_too() -> None:
+    assert sign_test(5001, 10_000) == pytest.approx((1 - math.comb(10_000, 5000) / 2**10_000) / 2)
+    assert sign_test(9_999, 10_000) == 0.0  # 10,001 in 2 ** 10,000: less than a float can hold
+
+
 def test_a_paired_difference_worked_out_by_hand() -> None:
     centre, half = 5 / 100, 1.959964 * math.sqrt((17 / 100 - 0.05**2) / 100)
     assert paired_difference(10, 5, 98) == pytest.approx((centre - half, centre + half))

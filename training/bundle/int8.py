@@ -75,7 +75,7 @@ class Ranges:
 @dataclass(frozen=True)
 class Int8:
     ranges: Ranges
-    logits: Logits  # [N, K], of the golden images
+    logits: Logits  # [N, K], of the first N golden images
     figures: Figures
 
 
@@ -96,13 +96,16 @@ def read_int8(path: Path) -> Int8 | None:
         raise Int8Malformed(f"{INT8} can't be read: {error}") from error
     if scales.dtype != np.float32 or zeros.dtype != np.uint8 or scales.shape != zeros.shape or scales.ndim != 1:
         raise Int8Malformed(f"{INT8}: scales are {scales.dtype} {scales.shape}, zeros {zeros.dtype} {zeros.shape}")
+    if logits.dtype != np.float32 or logits.ndim != 2 or not logits.size:
+        raise Int8Malformed(f"{INT8}: logits are {logits.dtype} {logits.shape}")
     if not (np.isfinite(scales) & (scales > 0)).all() or not np.isfinite(logits).all():
         raise Int8Malformed(f"{INT8}: scales must be above 0, and all numbers finite")
     return Int8(Ranges(scales, zeros), logits, figures)
 
 
 def deviation(reference: Logits, candidate: Logits) -> float:
-    """How far golden logits [N, K] are from those of the exporter, see MAX_DEVIATION. Raises GoldenMismatch."""
+    """How far golden logits are from those that the exporter kept, [N, K]; see MAX_DEVIATION. Raises GoldenMismatch."""
+    candidate = candidate[: len(reference)]
     if candidate.shape != reference.shape or not np.isfinite(candidate).all():
         raise GoldenMismatch(f"the int8 form answers with {candidate.shape}, not {reference.shape}, or with NaN")
     spread = max(float(reference.std()), 1e-6)
