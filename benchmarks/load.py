@@ -94,8 +94,7 @@ def open_loop(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
         unloaded = percentile(latencies(server.load(poisson(peak * UNLOADED, 20), requests)), 50)
         print(f"- unloaded: p50 {unloaded * 1000:.1f} ms at {peak * UNLOADED:.0f} requests/s")
         for share, most in LATENCY_AT.items():
-            with Samples(server) as samples:
-                load = server.load(poisson(peak * share, options.seconds), requests)
+            load = server.load(poisson(peak * share, options.seconds), requests)
             p50, p99 = (percentile(latencies(load), q) for q in (50, 99))
             print(f"- {share:.0%}: {describe(load)}")
             yield Verdict(
@@ -103,7 +102,8 @@ def open_loop(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
                 f"{p99 / unloaded:.1f} times ({p99 * 1000:.1f} ms; p50 {p50 * 1000:.1f} ms)",
                 p99 <= most * unloaded,
             )
-            yield no_growth(f"pending at {share:.0%} doesn't grow", samples, "pending", QUEUE_GROWTH, "pictures")
+            counts = under_way(load.outcomes, options.seconds)
+            yield no_growth(f"what is under way at {share:.0%} doesn't grow", *counts, QUEUE_GROWTH, "requests")
 
 
 def overload(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
@@ -111,10 +111,9 @@ def overload(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
         requests, peak = prepare(folder, server, options)
         unloaded = percentile(latencies(server.load(poisson(peak * UNLOADED, 20), requests)), 50)
         after = [options.seconds + due for due in poisson(peak / 10, AFTER, seed=1)]
-        with Samples(server) as samples:
-            load = server.load(poisson(2 * peak, options.seconds) + after, requests)
+        load = server.load(poisson(2 * peak, options.seconds) + after, requests)
         print(f"- twice the peak for {options.seconds:.0f} s, then a tenth of it for {AFTER:.0f} s: {describe(load)}")
-        print(f"- pending: {spread([sample.pending for sample in samples.taken])}")
+        print(f"- under way: {spread(under_way(load.outcomes, options.seconds)[1])}")
         yield from judge_overload(load.outcomes, peak, options.seconds, unloaded)
 
 
@@ -159,14 +158,17 @@ def soak(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
         print(f"- {options.count} requests in {seconds:.0f} s, {options.count / seconds:.0f} a second")
         samples.settle(0.1)
         for name, unit in (("rss", "MB"), ("pss", "MB"), ("descriptors", ""), ("threads", ""), ("pending", "")):
-            print(f"- {name}: {spread([getattr(sample, name) for sample in samples.taken])} {unit}")
+            print(f"- {name}: {spread(samples.of(name)[1])} {unit}")
     yield Verdict("every answer is the expected one", f"{wrong} weren't", wrong == 0)
     most = max(sample.rss for sample in samples.taken)
     yield Verdict(f"memory stays within {MEMORY:.0f} MB", f"{most:.0f} MB", most <= MEMORY)
-    yield no_growth("memory doesn't grow after the warm-up", samples, "rss", MEMORY_GROWTH, "MB")
-    yield no_growth("descriptors don't grow", samples, "descriptors", 2, "")
-    yield no_growth("threads don't grow", samples, "threads", 1, "")
-    yield no_growth("pending doesn't grow", samples, "pending", QUEUE_GROWTH, "pictures")
+    for name, rule, growth_allowed, unit in (
+        ("rss", "memory doesn't grow after the warm-up", MEMORY_GROWTH, "MB"),
+        ("descriptors", "descriptors don't grow", 2, ""),
+        ("threads", "threads don't grow", 1, ""),
+        ("pending", "pending doesn't grow", QUEUE_GROWTH, "pictures"),
+    ):
+        yield no_growth(rule, *samples.of(name), growth_allowed, unit)
 
 
 def start(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
@@ -277,8 +279,14 @@ def retry_errors(outcomes: Sequence[Outcome]) -> list[float]:
     return errors
 
 
-def no_growth(rule: str, samples: "Samples", name: str, most: float, unit: str) -> Verdict:
-    found = growth([one.at for one in samples.taken], [getattr(one, name) for one in samples.taken])
+def under_way(outcomes: Sequence[Outcome], seconds: float) -> tuple[list[float], list[int]]:
+    """Each second, and how many were due by then and not done, wherever they were: in the server or before it."""
+    moments = [float(second) for second in range(1, int(seconds) + 1)]
+    return moments, [sum(one.due <= moment < one.done for one in outcomes) for moment in moments]
+
+
+def no_growth(rule: str, times: Sequence[float], values: Sequence[float], most: float, unit: str) -> Verdict:
+    found = growth(times, values)
     return Verdict(f"{rule} by more than {most:g} {unit}".rstrip(), f"{found:+.1f} {unit}".rstrip(), found <= most)
 
 
@@ -380,6 +388,10 @@ class Samples:
     def settle(self, share: float) -> None:
         """Forget the first share of them: the warm-up."""
         del self.taken[: int(len(self.taken) * share)]
+
+    def of(self, name: str) -> tuple[list[float], list[float]]:
+        """When, and what it was."""
+        return [one.at for one in self.taken], [getattr(one, name) for one in self.taken]
 
     def _take(self) -> None:
         while not self._over.wait(1.0):

@@ -32,6 +32,11 @@ def test_growth_is_along_the_line_through_all_samples_so_that_one_spike_is_none(
     assert load.growth([0, 1, 2, 3, 4], [10, 10, 500, 10, 10]) == pytest.approx(0)
 
 
+def test_under_way_is_what_was_due_and_is_not_done() -> None:
+    outcomes = [Outcome(0.5, 1.5, 200), Outcome(0.9, 0.95, 429), Outcome(1.0, 2.0, 200), Outcome(1.8)]
+    assert load.under_way(outcomes, 3.5) == ([1.0, 2.0, 3.0], [2, 1, 1])
+
+
 def test_retry_after_is_held_against_when_what_was_waiting_was_done() -> None:
     waiting = [Outcome(0.0, 2.5, 200), Outcome(0.5, 3.2, 200)]
     later = Outcome(1.5, 9.0, 200)
