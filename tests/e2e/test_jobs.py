@@ -290,6 +290,30 @@ def weights(artifacts: Path, model: str) -> str:
     return store.read_manifest(artifacts, ref).weights_sha256
 
 
+@pytest.mark.timeout(300)
+def test_a_job_whose_service_is_killed_while_it_is_held_is_still_paused_and_goes_on(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    state, recipe = tmp_path / "state", {"depth": "full", "epochs": 12}
+    with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
+        calm = safelight.train(ROWS, model="tiny", name="calm", recipe=recipe).id
+        assert safelight.wait(calm, timeout=120).status == "succeeded"
+        held = safelight.train(ROWS, model="tiny", name="held", recipe=recipe).id
+        until(lambda: told(state, held, "progress"))
+        safelight.pause(held)
+        until(lambda: safelight.job(held).status == "paused", 5)
+        assert child_of(state, held) is not None
+        server.process.kill()
+        until(lambda: child_of(state, held) is None, 10)
+    assert processes(tmp_path) == []
+    with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
+        assert safelight.job(held).status == "paused"
+        safelight.resume(held)
+        assert safelight.wait(held, timeout=120).status == "succeeded"
+    assert weights(tiny, "held") == weights(tiny, "calm")
+    assert processes(tmp_path) == []
+
+
 @pytest.mark.timeout(600)  # on a busy machine; on one of its own, about a minute
 def test_a_job_that_is_killed_twenty_times_ends_with_the_weights_of_one_that_never_was(
     tiny: Path, settings: dict[str, str], tmp_path: Path
