@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -286,7 +286,16 @@ def _openvino_model(path: Path, manifest: Manifest, precision: str, ranges: Rang
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return openvino.Core().compile_model(model, "CPU", options)
+    return _openvino_core().compile_model(model, "CPU", options)
+
+
+@cache
+def _openvino_core() -> Any:
+    """One for the life of the process. OpenVINO (2026.4) gives the thread that makes the first a stack for its signals,
+    and unmaps it with the last, in whichever thread that is: the next signal would end the process."""
+    import openvino
+
+    return openvino.Core()
 
 
 def _move_biases_behind_pools(model: Any) -> None:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +211,31 @@ def test_a_bundle_without_an_int8_form_has_no_int8_to_choose(tmp_path: Path) -> 
 def test_a_way_that_fails_to_start_is_passed_over(tmp_path: Path) -> None:
     loaded = load(tmp_path, make_bundle(tmp_path, module=Fragile()))
     assert [timing.name for timing in loaded.timings] == ["torchscript float32"]
+
+
+DROPPED_ELSEWHERE = """
+import gc, os, signal, sys, threading
+from pathlib import Path
+import torch
+from service.inference import engine
+from training.bundle import store
+from training.bundle.store import BundleRef
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+artifacts, ref = Path(sys.argv[1]), BundleRef("greys", "1")
+engines = [engine.load(ref.path(artifacts), store.read_manifest(artifacts, ref), torch.device("cpu"))]
+thread = threading.Thread(target=lambda: engines.clear() or gc.collect())
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_ends_no_process_whose_engine_was_dropped_in_another_thread(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    command = [sys.executable, "-X", "faulthandler", "-c", DROPPED_ELSEWHERE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_weights_that_are_nan_are_refused(tmp_path: Path) -> None:
