@@ -17,7 +17,7 @@ SHIFTS = ((0, 0, 0.5), (-1, -1, 0.125), (-1, 1, 0.125), (1, -1, 0.125), (1, 1, 0
 
 @torch.inference_mode()
 def infer(
-    classifier: Classifier, images: Tensor, device: torch.device, views: str = "none", batch: int = 500
+    classifier: Classifier, images: Tensor, device: torch.device, views: str = "none", batch: int = 100
 ) -> Tensor:
     """Logits [N, K] of uint8 images [N, C, H, W], in float32 on the CPU.
 

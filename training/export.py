@@ -215,7 +215,7 @@ def _quiet() -> Iterator[None]:
 
 def write_module(path: Path, network: ConvNet, shape: tuple[int, int, int]) -> None:
     """Trace the folded network: uint8 [N, C, H, W] to float32 logits [N, K], for any N."""
-    _trace(path, network.folded(), shape)
+    _trace(path, network.folded().to(memory_format=torch.contiguous_format), shape)
 
 
 def write_portable_module(path: Path, network: ConvNet, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -223,13 +223,14 @@ def write_portable_module(path: Path, network: ConvNet, shape: tuple[int, int, i
 
     On CPUs, convolutions take that order faster; a bundle doesn't need it, as its engine arranges the weights itself.
     """
-    _trace(path, network.folded().to(dtype).to(memory_format=torch.channels_last), shape)
+    _trace(path, network.folded().to(dtype), shape)
 
 
 def _trace(path: Path, network: ConvNet, shape: tuple[int, int, int]) -> None:
     example = torch.zeros(2, *shape, dtype=torch.uint8)
     with _quiet(), torch.no_grad():
-        torch.jit.trace(_Exported(network), example).save(path)
+        traced = torch.jit.trace(_Exported(network), example, check_trace=False)  # `_check` says more, in less time
+        traced.save(path)
     _drop_debug_records(path)
 
 

@@ -86,7 +86,7 @@ def train(
 
     network = new_network(recipe, dataset)
     network.initialize(fitted.images)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device)
     optimizers = build_optimizers(network, recipe, batches.size)
     identity = {"recipe": recipe.model_dump(mode="json"), "seed": seed, "dataset": dataset.sha256, "steps": steps}
     arithmetic = arithmetic_of(device, precision)

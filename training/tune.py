@@ -120,7 +120,7 @@ class _Tuning:
         self.material, self.settings, self.run = material, settings, run
         self.seed, self.device, self.emit, self.late = seed, device, emit, late
         self.precision = training_precision(device)
-        start = start.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        start = start.to(device)
         self.current, self.average, self.best = (copy.deepcopy(start) for _ in range(3))
         self.everything = nn.ModuleDict({"current": self.current, "average": self.average, "best": self.best})
         self.moving, self.following = _moving(self.current), _moving(self.average)

@@ -69,6 +69,41 @@ def test_without_a_penalty_the_fit_is_where_the_gradient_vanishes() -> None:
     assert gap.abs().max() < 0.5
 
 
+def test_the_least_of_a_narrow_valley_is_found() -> None:
+    """A quadratic a thousand times as steep one way as the other."""
+    steepness, least = torch.tensor([[1000.0, 1.0, 30.0]]), torch.tensor([[1.0, -2.0, 3.0]])
+
+    def valley(at: Tensor) -> tuple[float, Tensor]:
+        away = at - least
+        return float((steepness * away.square()).sum() / 2), steepness * away
+
+    found = probe.minimized(valley, torch.zeros(1, 3), iterations=60)
+    torch.testing.assert_close(found, least, atol=1e-3, rtol=1e-3)
+    assert torch.equal(probe.minimized(valley, least, iterations=60), least)  # where there is no way down
+
+
+def test_a_fit_is_as_good_as_torch_s_own() -> None:
+    points, labels = clouds(300)
+    head = probe.fit_head(points, labels, 3, penalty=1e-2)
+    scale = (points.std(0) + 1e-3) * 5**0.5
+    weight, bias = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss(weight: Tensor, bias: Tensor) -> Tensor:
+        logits = (points - points.mean(0)) / scale @ weight.T + bias
+        return torch.nn.functional.cross_entropy(logits, labels) + 1e-2 / 2 * weight.square().sum()
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        value = loss(weight, bias)
+        value.backward()
+        return value.item()
+
+    optimizer.step(closure)
+    mine = loss(head.weight * scale, head.bias + head.weight @ points.mean(0))
+    assert mine.item() == pytest.approx(loss(weight, bias).item(), abs=1e-5)
+
+
 def test_a_strong_pull_toward_another_head_leaves_it_as_it_was() -> None:
     points, labels = clouds(90)
     before = Head(torch.randn(3, 5), torch.randn(3))

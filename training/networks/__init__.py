@@ -3,8 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from training.networks.convnet import ConvNet as ConvNet
 from training.recipes import Recipe, RecipeInvalid
@@ -34,8 +33,21 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+@torch.no_grad()
 def macs(network: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates for one image of shape (C, H, W)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(torch.zeros(1, *shape))
-    return int(counter.get_total_flops()) // 2
+    """Multiply-accumulates of convolutions and linear layers for one image of shape (C, H, W).
+
+    As torch's FlopCounterMode has them, which imports torch's compiler first: a second for a sum.
+    """
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        counts.append(output.numel() * layer.weight[0].numel())
+
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    network.eval()(torch.zeros(1, *shape))
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)

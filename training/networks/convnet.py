@@ -48,6 +48,8 @@ class ConvNet(nn.Module):
         width = widths[-1] * (1 if pool == "max" else 2)
         self.head = nn.Linear(width, classes, bias=head_bias)
         nn.init.normal_(self.head.weight, std=1 / width)
+        # Weights with channels last bring activations into that order: convolutions and pooling take half the time.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.features(pixels))  # [N, K]
