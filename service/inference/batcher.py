@@ -23,6 +23,7 @@ from service.telemetry import logger
 from training.bundle.images import Pixels
 
 REMEMBERED = 256  # pictures whose pace counts, or so: one that met a bad moment doesn't speak for the next
+TURN = 4  # batches, after which another engine may have the device
 BEGUN_WITH = 32  # pictures that the pace measured at load counts for
 
 T = TypeVar("T")  # what comes of one picture
@@ -92,8 +93,16 @@ class Submission(Generic[T]):
             self.done.set_exception(DeadlineExceeded(f"the deadline passed in the {stage} stage", stage=stage))
 
 
+Place = tuple[Submission[T], int]  # one picture of a request
+
+
+def _settle(batch: list[Place[T]], outcomes: Sequence[T | InferenceFailed], now: float) -> None:
+    for (submission, place), outcome in zip(batch, outcomes, strict=True):
+        submission.settle(place, outcome, now)
+
+
 class Batcher(Generic[T]):
-    """One queue before one engine. `device` is held while a batch runs: engines that share a device take turns."""
+    """One queue before one engine. `device` is held for a few batches: engines that share a device take turns."""
 
     def __init__(
         self,
@@ -113,7 +122,8 @@ class Batcher(Generic[T]):
         self._queue_size = queue_size
         self._pace = Pace(seconds_per_image)
         self._meter = meter
-        self._queue: deque[tuple[Submission[T], int]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[Place[T]] = deque()  # the loop appends, the executor takes
         self._pending = 0
         self._arrived = asyncio.Event()
         self._worker = asyncio.create_task(self._work(), name="batcher")
@@ -138,7 +148,7 @@ class Batcher(Generic[T]):
         if self._pending + count > self._queue_size:
             reason = f"{count} more don't fit: the limit is {self._queue_size}"
         elif self._pending:
-            left = deadline - asyncio.get_running_loop().time()
+            left = deadline - self._loop.time()
             if wait + self._pace.seconds(count) > left:
                 reason = f"{count} more wouldn't be done in the {max(0.0, left):.1f} s until their deadline"
         if reason:
@@ -155,11 +165,10 @@ class Batcher(Generic[T]):
 
         A caller that is cancelled takes its waiting pictures with it.
         """
-        loop = asyncio.get_running_loop()
-        submission: Submission[T] = Submission(images, deadline, time.perf_counter(), loop.create_future())
+        submission: Submission[T] = Submission(images, deadline, time.perf_counter(), self._loop.create_future())
         self._queue.extend((submission, place) for place in range(len(images)))
         self._arrived.set()
-        expiry = loop.call_at(deadline, submission.expire)  # asyncio.timeout_at takes five times as long
+        expiry = self._loop.call_at(deadline, submission.expire)  # asyncio.timeout_at takes five times as long
         try:
             await submission.done
         finally:
@@ -182,37 +191,29 @@ class Batcher(Generic[T]):
         self._meter.pending(self._pending)
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             async with self._device:
-                batch = self._next_batch(loop.time())
-                if not batch:
-                    self._arrived.clear()
-                    continue
-                outcomes = await self._run_batch(batch)
-            now = time.perf_counter()
-            for (submission, place), outcome in zip(batch, outcomes, strict=True):
-                submission.settle(place, outcome, now)
+                await self._loop.run_in_executor(self._executor, self._take_turn)
+            if not self._queue:
+                self._arrived.clear()
 
-    async def _run_batch(self, batch: list[tuple[Submission[T], int]]) -> Sequence[T | InferenceFailed]:
-        """One outcome for each picture, come what may: the worker must outlive any batch."""
-        images = [submission.images[place] for submission, place in batch]
-        begun = time.perf_counter()
-        for submission, _ in batch:
-            submission.started = submission.started or begun
-        try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, images)
-            self._pace.done(len(batch))
-            self._meter.batch(len(batch))
-        except Exception as error:
-            logger.exception("a batch failed outside the engine")
-            return [InferenceFailed(f"the batch of this picture failed ({type(error).__name__})")] * len(batch)
-        return outcomes
+    def _take_turn(self) -> None:
+        """In the executor: batch after batch, until the queue is empty or it is another engine's turn.
 
-    def _next_batch(self, now: float) -> list[tuple[Submission[T], int]]:
+        The event loop has requests to read: if it handed over batch by batch, the engine would wait for it after each.
+        """
+        for _ in range(TURN):
+            batch = self._next_batch()
+            if not batch:
+                return
+            outcomes = self._run_batch(batch)
+            self._loop.call_soon_threadsafe(_settle, batch, outcomes, time.perf_counter())
+
+    def _next_batch(self) -> list[Place[T]]:
         """Take what somebody still waits for and can still be in time."""
-        batch: list[tuple[Submission[T], int]] = []
+        batch: list[Place[T]] = []
+        now = self._loop.time()
         while self._queue and len(batch) < self._max_batch:
             submission, place = self._queue.popleft()
             if submission.abandoned or submission.deadline <= now:
@@ -220,8 +221,23 @@ class Batcher(Generic[T]):
             batch.append((submission, place))
         return batch
 
+    def _run_batch(self, batch: list[Place[T]]) -> Sequence[T | InferenceFailed]:
+        """One outcome for each picture, come what may: the worker must outlive any batch."""
+        images = [submission.images[place] for submission, place in batch]
+        begun = time.perf_counter()
+        for submission, _ in batch:
+            submission.started = submission.started or begun
+        try:
+            outcomes = self._compute(images)
+            self._pace.done(len(batch))
+            self._meter.batch(len(batch))
+        except Exception as error:
+            logger.exception("a batch failed outside the engine")
+            return [InferenceFailed(f"the batch of this picture failed ({type(error).__name__})")] * len(batch)
+        return outcomes
+
     def _compute(self, images: list[Pixels]) -> Sequence[T | InferenceFailed]:
-        """In the executor: run a batch; where it fails, halve it until only the guilty pictures fail."""
+        """Run a batch; where it fails, halve it until only the guilty pictures fail."""
         try:
             outcomes = self._run(np.stack(images))
             if len(outcomes) != len(images):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
-from service.inference.batcher import Batcher, Submission
+from service.inference.batcher import TURN, Batcher, Submission
 
 POISON = 255
 
@@ -25,9 +25,11 @@ class Engine:
     sizes: list[int] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
+    begun: threading.Event = field(default_factory=threading.Event)
     rows_short: int = 0
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.begun.set()
         assert self.go.wait(10)
         values = images[:, 0, 0, 0].astype(int)
         self.sizes.append(len(values))
@@ -68,9 +70,10 @@ class Bench:
         return answers(submission)
 
     async def settle(self) -> None:
-        """Let everything that can happen without the engine happen."""
+        """Let everything that can happen without the engine happen, the start of a first batch included."""
         for _ in range(10):
             await asyncio.sleep(0)
+        assert await asyncio.to_thread(self.engine.begun.wait, 10)
 
 
 def answers(submission: Submission) -> list[float]:
@@ -299,7 +302,7 @@ def test_closing_answers_what_was_admitted() -> None:
     run(test, held=True)
 
 
-def test_two_engines_on_one_device_take_turns() -> None:
+def test_two_engines_on_one_device_take_turns_of_some_batches() -> None:
     async def main() -> list[str]:
         order: list[str] = []
         device = asyncio.Lock()
@@ -318,14 +321,14 @@ def test_two_engines_on_one_device_take_turns() -> None:
                 )
                 for name in "ab"
             }
-            images = [np.zeros((1, 2, 2), np.uint8)] * 4
+            images = [np.zeros((1, 2, 2), np.uint8)] * 2 * TURN
             later = asyncio.get_running_loop().time() + 10
             await asyncio.gather(*(batcher.submit(images, later) for batcher in batchers.values()))
             for batcher in batchers.values():
                 await batcher.close()
         return order
 
-    assert asyncio.run(main()) == ["a", "b"] * 4
+    assert asyncio.run(main()) == [*"a" * TURN, *"b" * TURN] * 2
 
 
 requests = st.lists(
