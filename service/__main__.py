@@ -20,6 +20,10 @@ from service.jobs.store import open_store
 from service.settings import PREFIX, Settings, SettingsInvalid
 from training import SafelightError
 
+# uvloop takes one new connection from a socket each time around its loop. With much to do in between, those that are
+# left wait for half a minute while others are answered; so the loop gets the one socket so many times.
+TIMES_LISTENED = 32
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -82,7 +86,7 @@ def _serve(settings: Settings) -> int:
         url = f"http://{host}:{listener.getsockname()[1]}"
         if settings.workers == 1:
             gc.disable()  # until it serves: looking through all that is imported, again and again, takes half a second
-            _AnnouncingServer(config, url).run(sockets=[listener])
+            _AnnouncingServer(config, url).run(sockets=_times(listener))
             return 0
         with tempfile.TemporaryDirectory(prefix="safelight-metrics-") as folder:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where workers put their metrics together
@@ -91,7 +95,7 @@ def _serve(settings: Settings) -> int:
 
 
 def _run_workers(config: uvicorn.Config, listener: socket.socket, url: str) -> None:
-    supervisor = _Workers(config, listener, url)
+    supervisor = _Workers(config, _times(listener), url)
     supervisor.run()
     if any(one.exitcode not in (0, -signal.SIGTERM) for one in supervisor.processes):
         raise SafelightError("a worker process couldn't start; the log above has the reason")
@@ -113,6 +117,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _times(listener: socket.socket) -> list[socket.socket]:
+    return [listener, *(listener.dup() for _ in range(TIMES_LISTENED - 1))]
+
+
 class _AnnouncingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, url: str) -> None:
         super().__init__(config)
@@ -127,8 +135,8 @@ class _AnnouncingServer(uvicorn.Server):
 class _Workers(Multiprocess):
     """uvicorn's supervisor, which also says when the first worker answers, and clears up after those that die."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, url: str) -> None:
-        super().__init__(config, [listener])
+    def __init__(self, config: uvicorn.Config, listeners: list[socket.socket], url: str) -> None:
+        super().__init__(config, listeners)
         self._url = url
         self.announced = False
 
