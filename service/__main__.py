@@ -21,8 +21,8 @@ from service.settings import PREFIX, Settings, SettingsInvalid
 from training import SafelightError
 
 # uvloop takes one new connection from a socket each time around its loop. With much to do in between, those that are
-# left wait for half a minute while others are answered; so the loop gets the one socket so many times.
-TIMES_LISTENED = 32
+# left wait for half a minute while others are answered; so the loops get so many copies of it, all workers' together.
+LISTENERS = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def _serve(settings: Settings) -> int:
         url = f"http://{host}:{listener.getsockname()[1]}"
         if settings.workers == 1:
             gc.disable()  # until it serves: looking through all that is imported, again and again, takes half a second
-            _AnnouncingServer(config, url).run(sockets=_times(listener))
+            _AnnouncingServer(config, url).run(sockets=_copies(listener, LISTENERS))
             return 0
         with tempfile.TemporaryDirectory(prefix="safelight-metrics-") as folder:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where workers put their metrics together
@@ -95,7 +95,7 @@ def _serve(settings: Settings) -> int:
 
 
 def _run_workers(config: uvicorn.Config, listener: socket.socket, url: str) -> None:
-    supervisor = _Workers(config, _times(listener), url)
+    supervisor = _Workers(config, _copies(listener, max(1, LISTENERS // config.workers)), url)
     supervisor.run()
     if any(one.exitcode not in (0, -signal.SIGTERM) for one in supervisor.processes):
         raise SafelightError("a worker process couldn't start; the log above has the reason")
@@ -117,8 +117,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _times(listener: socket.socket) -> list[socket.socket]:
-    return [listener, *(listener.dup() for _ in range(TIMES_LISTENED - 1))]
+def _copies(listener: socket.socket, count: int) -> list[socket.socket]:
+    return [listener, *(listener.dup() for _ in range(count - 1))]
 
 
 class _AnnouncingServer(uvicorn.Server):

@@ -18,7 +18,6 @@ from training.networks import ConvNet
 from training.networks.convnet import Pool, pooled
 
 SUFFICIENT = 1e-4  # of the fall that the slope promises, for a step to be taken
-SHORTEST = 1e-6  # of a step
 ENOUGH = 1e-7  # a loss that falls by less is at its least
 
 PENALTIES = (1e-4, 1e-3, 1e-2)  # L2, on features scaled to length about 1; beyond them no data set was better off
@@ -114,10 +113,10 @@ def minimized(
         slope = float((gradient * direction).sum())
         length = 1.0 if steps else min(1.0, 1 / max(1e-12, float(gradient.abs().sum())))
         after, after_gradient = loss_and_gradient(at + length * direction)
-        while after > loss + SUFFICIENT * length * slope and length > SHORTEST:
+        while after > loss + SUFFICIENT * length * slope and -length * slope > ENOUGH:  # no step gains more than that
             length /= 2
             after, after_gradient = loss_and_gradient(at + length * direction)
-        if loss - after < ENOUGH:
+        if not loss - after >= ENOUGH:  # NaN isn't, either
             break
         moved, changed = length * direction, after_gradient - gradient
         if (curvature := float((moved * changed).sum())) > 0:  # as it is but for roundings

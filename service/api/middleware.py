@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class Observe:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._refusals = Refusals()
+        self._refusals: defaultdict[tuple[str, str], Refusals] = defaultdict(Refusals)  # by route and model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,11 +58,14 @@ class Observe:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             REQUESTS.labels(route, str(status)).inc()
-            if state["log"].get("code") != QUEUE_FULL or self._refusals.told(state["log"]):
+            if state["log"].get("code") != QUEUE_FULL or self._is_told(route, state["log"]):
                 level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
                 milliseconds = round((time.perf_counter() - begun) * 1000, 2)
                 logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
+
+    def _is_told(self, route: str, facts: dict[str, Any]) -> bool:
+        return self._refusals[route, facts.get("model", "")].is_told(facts)
 
 
 class Refusals:
@@ -71,7 +75,7 @@ class Refusals:
         self._told = -math.inf
         self._untold = 0
 
-    def told(self, facts: dict[str, Any]) -> bool:
+    def is_told(self, facts: dict[str, Any]) -> bool:
         """Whether this one gets a line; if so, `refused` is how many have come since the last that did."""
         self._untold += 1
         now = time.monotonic()

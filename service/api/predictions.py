@@ -108,11 +108,12 @@ async def predict(request: Request) -> Response:
     allowed = settings.deadline_seconds
     seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
     entry = registry.entry(question.model, question.version)
+    request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
     if entry.predictor:
         entry.predictor.check_room(clock() + seconds)
     pictures = await read_pictures(request, settings.max_images)
     deadline = clock() + seconds
-    request.state.log |= {"model": entry.ref.model, "version": entry.ref.version, "images": len(pictures)}
+    request.state.log["images"] = len(pictures)
     manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
     return _reply(request, manifest, answered)
 

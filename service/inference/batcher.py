@@ -23,7 +23,8 @@ from service.telemetry import logger
 from training.bundle.images import Pixels
 
 REMEMBERED = 256  # pictures whose pace counts, or so: one that met a bad moment doesn't speak for the next
-TURN = 4  # batches, after which another engine may have the device
+TURN = 0.02  # seconds, after which another engine may have the device
+PAUSE = 0.1  # seconds, after the executor itself has failed
 BEGUN_WITH = 32  # pictures that the pace measured at load counts for
 
 T = TypeVar("T")  # what comes of one picture
@@ -61,8 +62,8 @@ class Pace:
 
 @dataclass(eq=False)
 class Submission(Generic[T]):
-    """The pictures of one request, and what came of them. The deadline is in the event loop's time, which may be
-    coarse; what is measured is in `perf_counter` seconds."""
+    """The pictures of one request, and what came of them; times are in `perf_counter` seconds, which any thread may
+    read, unlike the event loop's."""
 
     images: Sequence[Pixels]
     deadline: float
@@ -102,7 +103,7 @@ def _settle(batch: list[Place[T]], outcomes: Sequence[T | InferenceFailed], now:
 
 
 class Batcher(Generic[T]):
-    """One queue before one engine. `device` is held for a few batches: engines that share a device take turns."""
+    """One queue before one engine. `device` is held for a turn: engines that share a device take turns."""
 
     def __init__(
         self,
@@ -165,7 +166,10 @@ class Batcher(Generic[T]):
 
         A caller that is cancelled takes its waiting pictures with it.
         """
-        submission: Submission[T] = Submission(images, deadline, time.perf_counter(), self._loop.create_future())
+        begun = time.perf_counter()
+        submission: Submission[T] = Submission(
+            images, begun + deadline - self._loop.time(), begun, self._loop.create_future()
+        )
         self._queue.extend((submission, place) for place in range(len(images)))
         self._arrived.set()
         expiry = self._loop.call_at(deadline, submission.expire)  # asyncio.timeout_at takes five times as long
@@ -194,7 +198,11 @@ class Batcher(Generic[T]):
         while True:
             await self._arrived.wait()
             async with self._device:
-                await self._loop.run_in_executor(self._executor, self._take_turn)
+                try:
+                    await self._loop.run_in_executor(self._executor, self._take_turn)
+                except Exception:  # whatever it was, such as no room for a thread: the next one may succeed
+                    logger.exception("the engine's turn failed")
+                    await asyncio.sleep(PAUSE)
             if not self._queue:
                 self._arrived.clear()
 
@@ -203,17 +211,18 @@ class Batcher(Generic[T]):
 
         The event loop has requests to read: if it handed over batch by batch, the engine would wait for it after each.
         """
-        for _ in range(TURN):
-            batch = self._next_batch()
-            if not batch:
-                return
+        end = time.perf_counter() + TURN
+        while batch := self._next_batch():
             outcomes = self._run_batch(batch)
-            self._loop.call_soon_threadsafe(_settle, batch, outcomes, time.perf_counter())
+            now = time.perf_counter()
+            self._loop.call_soon_threadsafe(_settle, batch, outcomes, now)
+            if now >= end:
+                return
 
     def _next_batch(self) -> list[Place[T]]:
         """Take what somebody still waits for and can still be in time."""
         batch: list[Place[T]] = []
-        now = self._loop.time()
+        now = time.perf_counter()
         while self._queue and len(batch) < self._max_batch:
             submission, place = self._queue.popleft()
             if submission.abandoned or submission.deadline <= now:

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 
 import uvloop
 
-from service.__main__ import TIMES_LISTENED, _times
+from service.__main__ import LISTENERS, _copies
 
 
 def test_new_connections_are_taken_by_the_dozen_however_busy_the_loop_is() -> None:
-    count = 4 * TIMES_LISTENED
+    count = 4 * LISTENERS
 
     async def turns(listeners: list[socket.socket]) -> int:
         """Times around the event loop until all that wait are connected."""
@@ -34,4 +34,4 @@ def test_new_connections_are_taken_by_the_dozen_however_busy_the_loop_is() -> No
                 transport.close()
         return turn
 
-    assert uvloop.run(turns(_times(socket.create_server(("127.0.0.1", 0))))) < 20
+    assert uvloop.run(turns(_copies(socket.create_server(("127.0.0.1", 0)), LISTENERS))) < 20

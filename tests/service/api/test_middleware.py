@@ -1,6 +1,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 from starlette.types import Message, Scope
 
-from service.api.middleware import BodyLimit, Cap
+from service.api.middleware import BodyLimit, Cap, Refusals
 from service.app import create_app
 from service.errors import BodyTooLarge
 from service.settings import Settings
@@ -112,19 +113,29 @@ def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(
 
 @contextmanager
 def full(settings: Settings) -> Iterator[tuple[FastAPI, TestClient]]:
-    """An application whose queue is full for about a second."""
+    """An application whose queue is full for some moments."""
     make_bundle(settings.artifacts, module=Slow())
-    app = create_app(settings.model_copy(update={"max_batch": 1, "queue_size": 200}))
+    app = create_app(settings.model_copy(update={"max_batch": 1, "queue_size": 200, "deadline_seconds": 60}))
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         before = pool.submit(client.post, "/predict", files=[("file", grey(1))] * 200)
         while 'safelight_pending_images{model="greys",version="2"} 200.0' not in client.get("/metrics").text:
             assert not before.done()
         yield app, client
-        assert not before.done()
         assert before.result().status_code == 200
 
 
-def test_refusals_for_want_of_room_get_a_line_a_second_and_are_all_counted(
+def test_refusals_get_a_line_a_second_that_says_how_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    refusals, lines = Refusals(), []
+    for now in (100.0, 100.1, 100.9, 101.0, 101.5, 103.0):
+        facts: dict[str, object] = {}
+        if refusals.is_told(facts):
+            lines.append((now, facts))
+    assert lines == [(100.0, {"refused": 1}), (101.0, {"refused": 3}), (103.0, {"refused": 2})]
+
+
+def test_a_refusal_for_want_of_room_is_logged_with_its_model_and_all_are_counted(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     def counted() -> float:
@@ -134,14 +145,12 @@ def test_refusals_for_want_of_room_get_a_line_a_second_and_are_all_counted(
     caplog.set_level(logging.INFO, "safelight")
     before = counted()
     with full(settings) as (_, client):
-        refused = 0
-        while sum("refused" in vars(record) for record in caplog.records) < 2:
+        for _ in range(3):
             assert client.post("/predict", content=grey(1), headers=PNG).status_code == 429
-            refused += 1
     lines = [vars(record) for record in caplog.records if vars(record).get("code") == "queue_full"]
-    assert [line["refused"] for line in lines] == [1, refused - 1]
-    assert [line["status"] for line in lines] == [429, 429]
-    assert counted() - before == refused > 2
+    expected = {"status": 429, "path": "/predict", "model": "greys", "version": "2", "refused": 1}
+    assert {name: lines[0][name] for name in expected} == expected
+    assert counted() - before == 3
 
 
 @pytest.mark.parametrize("path", ["/predict", "/v2/models/greys/infer"])

@@ -1,9 +1,11 @@
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,6 +275,31 @@ def test_an_error_beside_the_engine_fails_its_batch_is_logged_and_does_not_stop_
     assert "No space left on device" in caplog.text
 
 
+def test_an_executor_that_fails_once_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    class NoRoom(ThreadPoolExecutor):
+        failures = 1
+
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            if self.failures:
+                self.failures -= 1
+                raise RuntimeError("can't start new thread")
+            return super().submit(*arguments, **named)
+
+    async def main() -> list[float]:
+        engine = Engine()
+        engine.go.set()
+        with NoRoom(1) as pool:
+            options = {"max_batch": 8, "queue_size": 64, "seconds_per_image": 0.0, "meter": Meter()}
+            batcher: Batcher[Any] = Batcher(engine, pool, asyncio.Lock(), **options)  # type: ignore[arg-type]
+            try:
+                return await Bench(batcher, engine, Meter()).ask(7)
+            finally:
+                await batcher.close()
+
+    assert asyncio.run(main()) == [7]
+    assert caplog.messages == ["the engine's turn failed"]
+
+
 def test_the_wait_is_told_from_the_measured_rate() -> None:
     async def test(bench: Bench) -> None:
         for _ in range(60):
@@ -302,7 +329,7 @@ def test_closing_answers_what_was_admitted() -> None:
     run(test, held=True)
 
 
-def test_two_engines_on_one_device_take_turns_of_some_batches() -> None:
+def test_two_engines_on_one_device_take_turns() -> None:
     async def main() -> list[str]:
         order: list[str] = []
         device = asyncio.Lock()
@@ -310,6 +337,7 @@ def test_two_engines_on_one_device_take_turns_of_some_batches() -> None:
         def engine(name: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
             def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
                 order.append(name)
+                time.sleep(TURN)
                 return np.zeros((len(images), 2), np.float32)
 
             return run
@@ -321,14 +349,14 @@ def test_two_engines_on_one_device_take_turns_of_some_batches() -> None:
                 )
                 for name in "ab"
             }
-            images = [np.zeros((1, 2, 2), np.uint8)] * 2 * TURN
+            images = [np.zeros((1, 2, 2), np.uint8)] * 4
             later = asyncio.get_running_loop().time() + 10
             await asyncio.gather(*(batcher.submit(images, later) for batcher in batchers.values()))
             for batcher in batchers.values():
                 await batcher.close()
         return order
 
-    assert asyncio.run(main()) == [*"a" * TURN, *"b" * TURN] * 2
+    assert asyncio.run(main()) == ["a", "b"] * 4
 
 
 requests = st.lists(
