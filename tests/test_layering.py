@@ -179,6 +179,30 @@ def test_data_sets_are_checked_without_torch() -> None:
     assert not set(loaded) & {"torch", "scipy", "service"}
 
 
+FIT_AND_EXPORT = """
+import sys, tempfile, torch
+from pathlib import Path
+from training.export import write_module
+from training.networks import ConvNet, macs
+from training.probe import fit_head
+
+network = ConvNet(channels=1, classes=2, widths=[4], stem_width=2, stem_kernel=3).eval()
+macs(network, (1, 8, 8))
+fit_head(torch.randn(8, 3), torch.arange(8) % 2, 2, penalty=1e-3)
+with tempfile.TemporaryDirectory() as folder:
+    write_module(Path(folder) / "model.ts", network, (1, 8, 8))
+print(*sys.modules)
+"""
+
+
+def test_heads_are_fitted_and_networks_exported_without_torch_s_compiler() -> None:
+    """It would take two seconds to import, of a job of sixteen."""
+    program = [sys.executable, "-c", FIT_AND_EXPORT]
+    loaded = subprocess.run(program, capture_output=True, text=True, check=True).stdout.split()
+    assert "training.probe" in loaded
+    assert "torch._dynamo" not in loaded
+
+
 def test_importing_does_nothing(tmp_path: Path) -> None:
     """Every module can be imported in a clean process, and no file or thread comes of it."""
     names = [name_of(path) for path in MODULES if path.stem != "__main__"]

@@ -98,6 +98,9 @@ def fit_head(
     return Head(weight, fitted[:, -1] - weight @ mean)
 
 
+Step = tuple[Tensor, Tensor, float]  # moved by this, changed the gradient by that, 1 / their product
+
+
 def minimized(
     loss_and_gradient: Callable[[Tensor], tuple[float, Tensor]], start: Tensor, iterations: int, memory: int = 10
 ) -> Tensor:
@@ -105,9 +108,7 @@ def minimized(
     lowers the loss enough. Not torch's own: with its first optimizer torch imports its compiler, which takes 2 s.
     """
     at, (loss, gradient) = start, loss_and_gradient(start)
-    steps: deque[tuple[Tensor, Tensor, float]] = deque(
-        maxlen=memory
-    )  # moved by, gradient changed by, 1 / their product
+    steps: deque[Step] = deque(maxlen=memory)
     for _ in range(iterations):
         direction = _newton_direction(gradient, steps)
         slope = float((gradient * direction).sum())
@@ -125,7 +126,7 @@ def minimized(
     return at
 
 
-def _newton_direction(gradient: Tensor, steps: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+def _newton_direction(gradient: Tensor, steps: Sequence[Step]) -> Tensor:
     """Downhill, and bent as the last steps say that the function curves: the two loops of L-BFGS."""
     direction, kept = -gradient, []
     for moved, changed, inverse in reversed(steps):
