@@ -151,7 +151,7 @@ def say(text: str) -> None:
 
 
 def write(path: Path, content: object) -> None:
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")  # two services' jobs publish under one name
     temporary.write_text(json.dumps(content))
     os.replace(temporary, path)
 
