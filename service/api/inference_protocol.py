@@ -19,7 +19,6 @@ from service.api import health, problems, tensors
 from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
-from service.api.direct import Direct
 from service.inference.predictor import Picture
 from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
@@ -36,7 +35,7 @@ ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's window bits
 
 T = TypeVar("T", bound=BaseModel)
 
-infer_router = APIRouter(route_class=Direct)
+infer_router = APIRouter()
 router = APIRouter()
 
 

@@ -15,7 +15,6 @@ from service import errors
 from service.api import problems
 from service.api.bodies import read_pictures
 from service.api.connection import while_connected
-from service.api.direct import Direct
 from service.api.schemas import Base64Images, Predictions
 from service.inference.predictor import Answered, Picture
 from service.inference.registry import Entry, Registry
@@ -25,7 +24,7 @@ from training.bundle import images, store
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
 
-router = APIRouter(route_class=Direct, tags=["predict"])
+router = APIRouter()
 
 KEPT_QUESTIONS = 100  # most clients ask the same thing again and again of other pictures
 
