@@ -16,8 +16,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class Direct:
     """Call the endpoints of `routes` with their request and nothing in between; anything else is FastAPI's.
 
-    FastAPI has nothing to read for them, and would take 70 µs over that, half of what all the rest takes. They are among
-    its routes as well: for their documentation, and for what other methods on their paths are told.
+    FastAPI has nothing to read for them, and would take 70 µs over that, half of what all the rest takes. They are
+    among its routes as well: for their documentation, and for what other methods on their paths are told.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
