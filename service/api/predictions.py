@@ -10,9 +10,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
+from starlette.datastructures import State
 
 from service import errors
 from service.api import problems
+from service.api.asgi import header
 from service.api.bodies import read_pictures
 from service.api.connection import while_connected
 from service.api.schemas import Base64Images, Predictions
@@ -100,21 +102,22 @@ async def predict(request: Request) -> Response:
     In a request of many, a picture that fails has `error` in its place and the status is 200; a request whose only
     picture fails gets that problem's own status.
     """
-    question = _question(request.scope["query_string"], request.headers.get("x-deadline-ms"))
-    settings: Settings = request.state.settings
-    registry: Registry = request.state.registry
+    question = _question(request.scope["query_string"], header(request.scope, b"x-deadline-ms"))
+    state = request.state
+    settings: Settings = state.settings
+    registry: Registry = state.registry
     clock = asyncio.get_running_loop().time
     allowed = settings.deadline_seconds
     seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
     entry = registry.entry(question.model, question.version)
-    request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
+    state.log.update(model=entry.ref.model, version=entry.ref.version)
     if entry.predictor:
         entry.predictor.check_room(clock() + seconds)
     pictures = await read_pictures(request, settings.max_images)
     deadline = clock() + seconds
-    request.state.log["images"] = len(pictures)
+    state.log["images"] = len(pictures)
     manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
-    return _reply(request, manifest, answered)
+    return _reply(state, manifest, answered)
 
 
 @lru_cache(KEPT_QUESTIONS)
@@ -138,17 +141,17 @@ async def answer(
     return manifest, await predictor.predict(pictures, best, deadline)
 
 
-def _reply(request: Request, manifest: Manifest, answered: Answered) -> Response:
+def _reply(state: State, manifest: Manifest, answered: Answered) -> Response:
     """The answer in JSON, with its timings and the weights' digest beside it."""
     outcomes = answered.outcomes
     timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in answered.seconds.items())
-    request.state.log["timing"] = timing
+    state.log["timing"] = timing
     if len(outcomes) == 1 and isinstance(outcomes[0], SafelightError):
         raise outcomes[0]
     content = {
         "model": manifest.model,
         "version": manifest.version,
-        "predictions": [prediction(outcome, request.state.request_id) for outcome in outcomes],
+        "predictions": [prediction(outcome, state.request_id) for outcome in outcomes],
     }
     headers = {"Server-Timing": timing, "X-Weights-SHA256": manifest.weights_sha256}
     return Response(to_json(content), media_type="application/json", headers=headers)
