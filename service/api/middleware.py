@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api import problems
 from service.api.asgi import header
 from service.errors import BodyTooLarge, ClientGone, QueueFull
-from service.telemetry import REQUESTS, logger
+from service.telemetry import REQUESTS, log_request, logger
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE_FULL = problems.PROBLEMS[QueueFull].code
@@ -62,7 +62,7 @@ class Observe:
                 level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
                 milliseconds = round((time.perf_counter() - begun) * 1000, 2)
-                logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
+                log_request(level, facts | {"ms": milliseconds} | state["log"])
 
     def _is_told(self, route: str, facts: dict[str, Any]) -> bool:
         return self._refusals[route, facts.get("model", "")].is_told(facts)

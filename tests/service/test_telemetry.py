@@ -1,10 +1,11 @@
 import json
 import logging
+import re
 from datetime import datetime
 
 import pytest
 
-from service.telemetry import configure_logging, logger
+from service.telemetry import configure_logging, log_request, logger
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,29 @@ def test_what_a_client_sent_begins_no_line_of_its_own(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().err
     assert printed.endswith("INFO    request path='/x\\n12:00:00 INFO    request status=200'\n")
     assert printed.count("\n") == 1
+
+
+def test_a_request_s_line_is_what_a_record_of_it_would_be(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"status": 200, "path": "/predict\n", "ms": 1.5}
+    for style in ("json", "text"):
+        configure_logging("info", style)
+        logger.info("request", extra=facts)
+        log_request(logging.INFO, facts)
+        log_request(logging.DEBUG, facts)
+        record, line = (re.sub(r"\d\d:\d\d:\d\d(,\d+)?", "TIME", line) for line in capsys.readouterr().err.splitlines())
+        assert record == line
+
+
+def test_an_exception_s_trace_is_a_field_of_a_json_line_and_stands_below_one_for_people(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for style in ("json", "text"):
+        configure_logging("info", style)
+        try:
+            raise ZeroDivisionError("secret")
+        except ZeroDivisionError:
+            logger.exception("unexpected error", extra={"path": "/predict"})
+    json_line, line, *trace = capsys.readouterr().err.splitlines()
+    assert json.loads(json_line)["exc_info"].splitlines() == trace
+    assert line.endswith(" ERROR   unexpected error path=/predict")
+    assert (trace[0], trace[-1]) == ("Traceback (most recent call last):", "ZeroDivisionError: secret")
