@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from service import errors
 from service.api import health, problems, tensors
+from service.api.asgi import read_body
 from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
@@ -301,7 +302,7 @@ def _head_bytes(request: Request) -> int | None:
 
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The whole body, unpacked. Raises BodyTooLarge, MalformedBody, UnsupportedBody."""
-    body = await request.body()
+    body = await read_body(request.receive)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         return body
