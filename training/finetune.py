@@ -56,10 +56,6 @@ class NameTaken(SafelightError):
     """A model of this name exists and tells other classes apart."""
 
 
-class NameNeeded(SafelightError):
-    """The new model has other classes than its base, so it can't go by the base's name."""
-
-
 @dataclass(frozen=True)
 class Options:
     """Where things are on this machine, and what the run may take of it."""
@@ -244,9 +240,6 @@ def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Opt
             fitted, check = holdout(found.train, float(manifest.recipe.settings.get("holdout", 0.02)))
             return Past(fitted if plan.tuning.replay else None, check, found.test, features)
     return Past(features=features)
-
-
-# --- learning ---------------------------------------------------------------------------------------------------------
 
 
 # --- judging and publishing -------------------------------------------------------------------------------------------
