@@ -146,8 +146,11 @@ def test_a_model_of_its_own_classes_becomes_better_and_replaces_itself(tmp_path:
     made = plan(inverted_squares(tmp_path / "data", 400), name="tiny", tuning=Tuning(depth="full", replay=False))
     result = run(tmp_path / "run", tiny, made)
     assert (result["model"], result["version"]) == ("tiny", "2")
-    assert result["comparisons"]["active"]["accuracy"] < 0.7
-    assert result["comparisons"]["candidate"]["accuracy"] > 0.9
+    comparisons = result["comparisons"]
+    assert comparisons.keys() == {"candidate", "active", "nearest_mean", "majority"}
+    assert {score["n"] for score in comparisons.values()} == {400}
+    assert (comparisons["active"]["accuracy"] < 0.7, comparisons["majority"]["accuracy"]) == (True, 0.5)
+    assert comparisons["candidate"]["accuracy"] > max(0.9, comparisons["nearest_mean"]["accuracy"])
     checks = {check["name"]: check["passed"] for check in result["gate"]["checks"]}
     assert (checks["mcnemar"], checks["macro_f1"], checks["recall"]) == (True, True, True)
     assert store.read_manifest(tiny, BundleRef("tiny", "2")).classes == ("filled", "hollow")
