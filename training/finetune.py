@@ -38,6 +38,7 @@ from training.memory import remember
 from training.networks import ConvNet, parameters
 from training.processors import processors
 from training.quantize import int8_form
+from training.report import read_verdict
 from training.task import Past, Pictures, Plan, Task
 
 RUN = "run.json"
@@ -111,7 +112,7 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
         tell(events.Phase(phase="judging", step=1, steps=2))
         ref = publish(task, candidate, measured, verdict, working_time() - begun, options, tell)
         tell(events.Published(model=ref.model, version=ref.version, accuracy=measured.metrics.accuracy))
-        result = decide(task, ref, measured, verdict, options) | {"seconds": round(working_time() - begun, 1)}
+        result = decide(plan, ref, options) | {"seconds": round(working_time() - begun, 1)}
         tell(events.Decided(result=result))
         shutil.rmtree(folder / DATA, ignore_errors=True)
         return result
@@ -396,7 +397,7 @@ def publish(
         options.artifacts,
         replay=memory,
         int8=int8,
-        gate=verdict.model_dump(mode="json"),
+        verdict=verdict,
     )
 
 
@@ -412,9 +413,14 @@ def published_before(plan: Plan, network: ConvNet, options: Options) -> BundleRe
     return None
 
 
-def decide(task: Task, ref: BundleRef, measured: Measured, verdict: gate.Verdict, options: Options) -> dict[str, Any]:
-    """Let the version answer, or not; and everything that led there."""
-    promoted = gate.promotes(task.plan.promote, verdict)
+def decide(plan: Plan, ref: BundleRef, options: Options) -> dict[str, Any]:
+    """Let the version answer, or not, by the verdict in its report; and everything that led there.
+
+    Not by the one at hand: a run that was killed once its version was active has judged it anew, against itself.
+    """
+    manifest = store.read_manifest(options.artifacts, ref)
+    verdict = read_verdict(ref.path(options.artifacts) / "report")
+    promoted = gate.promotes(plan.promote, verdict)
     if promoted:
         store.activate(options.artifacts, ref)
     return {
@@ -422,10 +428,10 @@ def decide(task: Task, ref: BundleRef, measured: Measured, verdict: gate.Verdict
         "version": ref.version,
         "promoted": promoted,
         "decision": verdict.decision,
-        "summary": gate.summary(task.plan.promote, verdict),
-        "classes": list(task.classes),
-        "base": str(task.plan.base),
-        "metrics": measured.metrics.model_dump(),
+        "summary": gate.summary(plan.promote, verdict),
+        "classes": list(manifest.classes),
+        "base": str(plan.base),
+        "metrics": manifest.metrics.model_dump(),
         "gate": {"checks": [check.model_dump() for check in verdict.checks]},
         "comparisons": {name: score.model_dump() for name, score in verdict.comparisons.items()},
     }

@@ -11,25 +11,30 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.bundle.manifest import Manifest
+from training.gate import Verdict
 
 History = list[dict[str, Any]]
 
+FIGURES = "metrics.json"
 CARD = "model-card.md"
 
 
-def write(
-    folder: Path, manifest: Manifest, history: History, counts: Tensor, gate: dict[str, Any] | None = None
-) -> None:
-    """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row; `gate`, the verdict on
-    a fine-tuned candidate."""
+def write(folder: Path, manifest: Manifest, history: History, counts: Tensor, verdict: Verdict | None = None) -> None:
+    """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row; `verdict`, the gate's
+    on a fine-tuned candidate."""
     folder.mkdir()
     figures = {"metrics": manifest.metrics.model_dump(), "confusion": counts.tolist(), "history": history}
-    if gate is not None:
-        figures["gate"] = gate
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if verdict is not None:
+        figures["gate"] = verdict.model_dump(mode="json")
+    (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     learning_curve(folder / "learning-curve.png", history)
     confusion_matrix(folder / "confusion.png", counts, manifest.classes)
     (folder / CARD).write_text(model_card(manifest))
+
+
+def read_verdict(folder: Path) -> Verdict:
+    """The gate's, of a fine-tuned version's report folder."""
+    return Verdict.model_validate(json.loads((folder / FIGURES).read_bytes())["gate"])
 
 
 def learning_curve(path: Path, history: History) -> None:

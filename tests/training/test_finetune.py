@@ -308,6 +308,50 @@ def test_a_run_that_was_killed_once_it_had_published_finds_its_version_again(tmp
     assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
 
 
+def run_until_active(folder: Path, artifacts: Path, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, and die right after the version was activated."""
+    activate = store.activate
+
+    def activate_and_die(artifacts: Path, ref: BundleRef) -> None:
+        activate(artifacts, ref)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "activate", activate_and_die)
+        with pytest.raises(Killed):
+            run(folder, artifacts, made)
+
+
+def test_a_run_that_was_killed_once_its_version_was_active_ends_like_one_that_never_was(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, other = bars(tmp_path / "bars", 25), shutil.copytree(tiny, tmp_path / "other")
+    run_until_active(tmp_path / "run", tiny, plan(data), monkeypatch)
+    assert store.answering(tiny, "bars") == BundleRef("bars", "1")
+    result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    whole = run(tmp_path / "whole", other, plan(data))
+    assert result | {"seconds": 0} == whole | {"seconds": 0}
+    assert (result["version"], result["promoted"], store.answering(tiny, "bars")) == ("1", True, BundleRef("bars", "1"))
+
+
+def test_what_was_timed_before_the_kill_is_what_is_told_after_it(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(
+        inverted_squares(tmp_path / "data", 40),
+        name="tiny",
+        promote="always",
+        tuning=Tuning(depth="head", replay=False),
+    )
+    run_until_active(tmp_path / "run", tiny, made, monkeypatch)
+    result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    reported = json.loads((tiny / "tiny" / "2" / "report" / "metrics.json").read_text())
+    assert result["gate"]["checks"] == reported["gate"]["checks"]
+    assert (result["comparisons"], result["metrics"]) == (reported["gate"]["comparisons"], reported["metrics"])
+    assert {"latency", "mcnemar"} <= {check["name"] for check in result["gate"]["checks"]}
+    assert [ref.version for ref in store.versions(tiny, "tiny")] == ["1", "2"]
+
+
 def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
     made = plan(tmp_path / "nothing")
     finetune.create(tmp_path / "run", made)
