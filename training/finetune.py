@@ -228,7 +228,8 @@ def check_name(plan: Plan, classes: tuple[str, ...], options: Options) -> None:
 
 def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Options, tell: Emit) -> Past:
     """The base's own data where it is there, else what its bundle remembers; nothing where its classes go."""
-    manifest, features = base.manifest, base.replay
+    manifest = base.manifest
+    features = base.replay if base.replay is not None and len(base.replay.labels) else None
     if classes[: len(manifest.classes)] != manifest.classes:
         return Past()
     source = manifest.training.dataset.name

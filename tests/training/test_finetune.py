@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import squares, write_class_folders
+from tests.tiny import reseal, squares, write_class_folders
 from training import archives, events, finetune, intake, tune
 from training.bundle import store
 from training.bundle.int8 import INT8, read_int8
-from training.bundle.replay import REPLAY, read_replay
+from training.bundle.replay import REPLAY, read_replay, write_replay
 from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
 from training.checkpoint import CheckpointError
@@ -164,6 +165,18 @@ def test_what_it_forgot_of_its_own_data_keeps_it_from_answering(tmp_path: Path, 
     assert (guard["passed"], guard["figures"]["n"]) == (False, 80)
     assert result["promoted"] is False
     assert store.answering(tiny, "tiny") == TINY
+
+
+def test_a_base_of_too_many_classes_to_remember_any_is_fine_tuned_without_a_guard(tmp_path: Path, tiny: Path) -> None:
+    folder = TINY.path(tiny)
+    known = read_replay(folder / REPLAY)
+    assert known is not None
+    none = {name: getattr(known, name)[:0] for name in ("features", "labels", "guard_features", "guard_labels")}
+    write_replay(folder / REPLAY, replace(known, **none))
+    reseal(folder)
+    made = plan(inverted_squares(tmp_path / "data", 40), name="tiny", tuning=Tuning(depth="head"))
+    (guard,) = (check for check in run(tmp_path / "run", tiny, made)["gate"]["checks"] if check["name"] == "guard")
+    assert (guard["passed"], guard["sentence"]) == (None, "There is no test set of the base to guard.")
 
 
 @pytest.mark.parametrize("seed", range(3))
