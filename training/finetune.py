@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from training import SafelightError, checkpoint, datasets, events, gate, intake
 from training.bundle import store
 from training.bundle.answers import Probabilities, probabilities
-from training.bundle.manifest import BundleError, DatasetFacts, Manifest, Parent, RecipeSpec, TrainingFacts
+from training.bundle.classes import BUILT_IN, NameTaken, folded, known, settled
+from training.bundle.manifest import DatasetFacts, Manifest, Parent, RecipeSpec, TrainingFacts
 from training.bundle.replay import REPLAY, read_replay
 from training.bundle.store import BundleRef
 from training.candidates import Candidate, head_of, learn, own_place, right
@@ -32,7 +33,7 @@ from training.devices import choose_device, keep_freed_memory, training_precisio
 from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
 from training.hold import holdable, working_time
-from training.layout import BUILT_IN, DatasetError
+from training.layout import DatasetError
 from training.loop import Emit, Interrupted, arithmetic_of
 from training.memory import remember
 from training.networks import ConvNet, parameters
@@ -51,10 +52,6 @@ CHECKED_IN_INT8 = 1000  # test pictures at most; more would take longer than the
 
 class RunInvalid(SafelightError):
     """A folder that holds no fine-tuning run, or already holds one."""
-
-
-class NameTaken(SafelightError):
-    """A model of this name exists and tells other classes apart."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +148,8 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     store.check_files(bundle, manifest)
     base = intake.Base(manifest, read_replay(bundle / REPLAY))
     pictures = load_pictures(plan, base, folder, options, tell)
-    classes = classes_of(plan, manifest, pictures)
-    check_name(plan, classes, options)
-    index = {label.casefold(): place for place, label in enumerate(classes)}
+    classes = classes_of(plan, manifest, pictures, options)
+    places = {folded(label): place for place, label in enumerate(classes)}
     mirrored = bool(manifest.recipe.settings.get("flip", False))
     return Task(
         plan=plan,
@@ -161,7 +157,7 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
         network=checkpoint.load_network(bundle, manifest),
         classes=classes,
         pictures=pictures,
-        labels=torch.tensor([index[label.casefold()] for label in pictures.classes])[pictures.everything.labels],
+        labels=torch.tensor([places[folded(label)] for label in pictures.classes])[pictures.everything.labels],
         past=recall(plan, base, classes, options, tell),
         flip=mirrored if plan.tuning.flip is None else plan.tuning.flip,
         device=choose_device(options.device),
@@ -206,24 +202,10 @@ def checked_report(archive: Path) -> Report | None:
         return None
 
 
-def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:
-    """The base's classes where the pictures bring no other; else the pictures', after the base's if those are kept."""
-    known = {label.casefold(): label for label in manifest.classes}
-    new = tuple(label for label in pictures.classes if label.casefold() not in known)
-    if not new or plan.tuning.keep_classes:
-        return manifest.classes + new
-    return tuple(known.get(label.casefold(), label) for label in pictures.classes)
-
-
-def check_name(plan: Plan, classes: tuple[str, ...], options: Options) -> None:
-    """Raises NameTaken where versions of this name tell other classes apart."""
-    if (answering := store.answering(options.artifacts, plan.name)) is None:
-        return
-    found = store.read_manifest(options.artifacts, answering).classes
-    if found != classes:
-        raise NameTaken(
-            f"the model {plan.name} tells {', '.join(found)} apart, not {', '.join(classes)}; choose another name"
-        )
+def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures, options: Options) -> tuple[str, ...]:
+    """The new version's classes. Raises NameTaken."""
+    namesakes = [namesake.classes for namesake in store.namesakes(options.artifacts, plan.name)]
+    return settled(plan.name, manifest.classes, pictures.classes, keep=plan.tuning.keep_classes, namesakes=namesakes)
 
 
 def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Options, tell: Emit) -> Past:
@@ -248,19 +230,23 @@ def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Opt
 
 
 def judge(task: Task, candidate: Candidate, options: Options) -> tuple[Measured, gate.Verdict]:
-    """Measure the candidate on its test part, and hold it against the others there."""
+    """Measure the candidate on its test part, and hold it against the others there. Raises NameTaken."""
+    if classes_of(task.plan, task.manifest, task.pictures, options) != task.classes:
+        raise NameTaken(
+            f"another job has made {task.plan.name} meanwhile, with its classes in another order; start again"
+        )
     labels = task.labels[candidate.test]
     measured = assess(candidate.held_logits, candidate.held_labels, candidate.test_logits, labels, task.classes)
     rival = active_rival(task, options)
     mine, rivals = costs(candidate.network, rival, task)
-    known = {label.casefold() for label in task.manifest.classes}
+    same = known(task.classes, task.manifest.classes)
     evidence = gate.Evidence(
         classes=task.classes,
         labels=labels.numpy(),
         candidate=probabilities(candidate.test_logits.numpy(), measured.calibration.temperature),
         active=None if rival is None else rival_answers(rival, task, candidate),
         nearest_mean=candidate.nearest_mean.numpy(),
-        new_classes=[label for label in task.classes if label.casefold() not in known],
+        new_classes=[label for label in task.classes if label not in same],
         guard=guard_answers(task, candidate),
         candidate_cost=mine,
         active_cost=rivals,
@@ -292,7 +278,9 @@ def active_rival(task: Task, options: Options) -> Rival | None:
 
 
 def rival_answers(rival: Rival, task: Task, candidate: Candidate) -> Probabilities:
+    theirs = [folded(label) for label in rival.manifest.classes]  # perhaps in another order
     logits = infer(rival.network, task.split.images[candidate.test], torch.device("cpu"))
+    logits = logits[:, [theirs.index(folded(label)) for label in task.classes]]
     return probabilities(logits.numpy(), rival.manifest.calibration.temperature)
 
 
@@ -315,12 +303,9 @@ def earlier_looks(task: Task, options: Options) -> int:
     """How many versions of this name were held against the hold-out of these very pictures before."""
     looks = 0
     for ref in store.versions(options.artifacts, task.plan.name):
-        try:
-            manifest = store.read_manifest(options.artifacts, ref)
-        except BundleError:
-            continue  # whatever it is, its verdict can't have come from here
-        same = manifest.training.dataset.sha256 == task.pictures.sha256
-        looks += same and manifest.parent is not None and manifest.created_at < task.plan.created_at
+        manifest = store.readable_manifest(options.artifacts, ref)
+        if manifest and manifest.parent and manifest.created_at < task.plan.created_at:
+            looks += manifest.training.dataset.sha256 == task.pictures.sha256
     return looks
 
 
@@ -405,11 +390,8 @@ def publish(
 def published_before(plan: Plan, network: ConvNet, options: Options) -> BundleRef | None:
     digest = checkpoint.weights_sha256(network)
     for ref in store.versions(options.artifacts, plan.name):
-        try:
-            manifest = store.read_manifest(options.artifacts, ref)
-        except BundleError:
-            continue
-        if manifest.weights_sha256 == digest and manifest.created_at >= plan.created_at:
+        manifest = store.readable_manifest(options.artifacts, ref)
+        if manifest and manifest.weights_sha256 == digest and manifest.created_at >= plan.created_at:
             return ref
     return None
 

@@ -16,13 +16,14 @@ from pydantic import BaseModel, ValidationError
 from service.api.bodies import media_type
 from service.api.schemas import TrainRequest, TrainSettings
 from service.api.uploads import receive_form
-from service.errors import DatasetNotFound, KeyInvalid, NameTaken, UnsupportedBody
+from service.errors import DatasetNotFound, KeyInvalid, UnsupportedBody
 from service.inference.registry import Registry
 from service.jobs.datasets import DatasetStore, Upload
 from service.jobs.job import Builtin, Order, Pictures
 from service.jobs.store import JobStore
 from service.settings import Settings
 from training.bundle import store
+from training.bundle.classes import BUILT_IN, settled
 from training.bundle.tuning import Tuning
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -116,8 +117,11 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
     store.check_writable(settings.artifacts, name)
     tuning = Tuning.parse(wanted.recipe)
     dataset, classes = await _data(asked.dataset, str(base.ref), datasets, settings)
-    if classes and base.manifest:
-        _check_classes(registry, name, _new_classes(base.manifest.classes, classes, tuning))
+    if base.manifest:
+        namesakes = [
+            manifest.classes for manifest in await asyncio.to_thread(store.namesakes, settings.artifacts, name)
+        ]
+        settled(name, base.manifest.classes, classes, keep=tuning.keep_classes, namesakes=namesakes)
     return Order(
         model=base.ref.model,
         version=base.ref.version,
@@ -133,39 +137,12 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
 async def _data(
     dataset: Pictures | Upload, base: str, datasets: DatasetStore, settings: Settings
 ) -> tuple[Pictures, Sequence[str]]:
-    """The data set as a job names it, and its classes, as far as they are known."""
+    """The data set as a job names it, and its classes."""
     if isinstance(dataset, Builtin):
         if settings.data is None:
             name = dataset.builtin
             raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
-        return dataset, ()
+        return dataset, BUILT_IN[dataset.builtin]
     asked = datasets.check(dataset, model=base) if isinstance(dataset, Upload) else datasets.get(dataset)
     record = await asked
     return record.id, record.classes
-
-
-def _new_classes(base: Sequence[str], found: Sequence[str], tuning: Tuning) -> list[str]:
-    """The base's where the pictures bring no other; else theirs, and the base's too if those are kept."""
-    known = {label.casefold() for label in base}
-    new = [label for label in found if label.casefold() not in known]
-    return [*base, *new] if tuning.keep_classes or not new else list(found)
-
-
-def _check_classes(registry: Registry, name: str, classes: Sequence[str]) -> None:
-    """A model keeps its classes from version to version. Raises NameTaken."""
-    line = registry.lines.get(name)
-    entries = [entry for entry in line.entries.values() if entry.manifest] if line else []
-    if not entries:
-        return
-    newest = entries[-1].manifest
-    assert newest
-    if {label.casefold() for label in newest.classes} != {label.casefold() for label in classes}:
-        raise NameTaken(
-            f"model {name} has the classes {_listed(newest.classes)}; the new version would have "
-            f"{_listed(classes)}: give it another `name`"
-        )
-
-
-def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(label[:40] for label in labels[:10])
-    return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")

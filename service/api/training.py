@@ -16,6 +16,7 @@ from service.jobs.child import LOG
 from service.jobs.job import ID, TERMINAL, Job, Status
 from service.jobs.runner import CURVE
 from training.bundle import store
+from training.bundle.classes import NameTaken
 from training.bundle.tuning import TuningInvalid
 
 router = APIRouter(prefix="/train")
@@ -44,7 +45,7 @@ _BODY = {"application/json": {"schema": _JSON}, "multipart/form-data": {"schema"
         errors.VersionRefused,
         store.NameInvalid,
         store.ArtifactsUnwritable,
-        errors.NameTaken,
+        NameTaken,
         TuningInvalid,
         errors.DatasetNotFound,
         errors.BodyTooLarge,

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import reseal, squares, write_class_folders
+from tests.tiny import make_bundle, reseal, squares, write_class_folders
 from training import archives, events, finetune, intake, tune
 from training.bundle import store
+from training.bundle.classes import NameTaken
 from training.bundle.int8 import INT8, read_int8
 from training.bundle.replay import REPLAY, read_replay, write_replay
 from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
 from training.checkpoint import CheckpointError
-from training.finetune import NameTaken, Options, RunInvalid
+from training.finetune import Options, RunInvalid
 from training.loop import Diverged, Interrupted
 from training.published import verify
 from training.task import Plan
@@ -249,12 +250,51 @@ def test_a_name_that_stands_for_other_classes_is_taken(tmp_path: Path, tiny: Pat
     with pytest.raises(NameTaken) as refusal:
         run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25), name="tiny"))
     assert str(refusal.value) == (
-        "the model tiny tells filled, hollow apart, not across, cross, down; choose another name"
+        "model tiny has the classes filled, hollow; the new version would have across, cross, down: "
+        "give it another `name`"
     )
     last = events_of(tmp_path / "run")[-1]
     assert isinstance(last, events.Failed)
     assert (last.code, last.message) == ("name_taken", str(refusal.value))
     assert [str(ref) for ref in store.versions(tiny, "tiny")] == ["tiny@1"]
+
+
+def test_a_name_that_is_held_back_stands_for_its_classes_too(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path / "first", tiny, plan(bars(tmp_path / "bars", 25), promote="never"))
+    assert store.answering(tiny, "bars") is None
+    with pytest.raises(NameTaken) as refusal:
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "others", 25, kinds="across down"), promote="always"))
+    assert str(refusal.value) == (
+        "model bars has the classes across, cross, down; the new version would have across, down: "
+        "give it another `name`"
+    )
+    assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
+
+
+def test_a_new_version_has_the_classes_as_the_last_one_spells_and_orders_them(tmp_path: Path, tiny: Path) -> None:
+    first = run(tmp_path / "first", tiny, plan(bars(tmp_path / "bars", 25)))
+    reseal(
+        tiny / "bars" / "1", classes=("Down", "ACROSS", "cross")
+    )  # its weights haven't changed: it calls all wrongly
+    second = run(tmp_path / "second", tiny, plan(bars(tmp_path / "bars", 25), seed=1))
+    assert first["classes"] == ["across", "cross", "down"]
+    assert second["classes"] == ["Down", "ACROSS", "cross"]
+    assert list(second["metrics"]["per_class_recall"]) == ["Down", "ACROSS", "cross"]
+    accuracies = {name: score["accuracy"] for name, score in second["comparisons"].items()}
+    assert accuracies["candidate"] > 0.9
+    assert (accuracies["active"] < 0.2, second["promoted"]) == (True, True)
+
+
+def test_a_job_whose_name_another_one_takes_meanwhile_is_refused(tmp_path: Path, tiny: Path) -> None:
+    def be_slower(event: events.Event) -> None:
+        if isinstance(event, events.Phase) and (event.phase, event.step) == ("judging", 0):
+            make_bundle(tiny, "bars", classes=("across", "down"))
+
+    with pytest.raises(
+        NameTaken, match="^model bars has the classes across, down; the new version would have across, "
+    ):
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25)), be_slower)
+    assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
 
 
 # --- killed and gone on with ------------------------------------------------------------------------------------------

@@ -126,6 +126,23 @@ def read_manifest(artifacts: Path, ref: BundleRef) -> Manifest:
     return manifest
 
 
+def readable_manifest(artifacts: Path, ref: BundleRef) -> Manifest | None:
+    """None where `read_manifest` would refuse it."""
+    try:
+        return read_manifest(artifacts, ref)
+    except ManifestInvalid:
+        return None
+
+
+def namesakes(artifacts: Path, model: str) -> list[Manifest]:
+    """Whose classes a new version must have: the newest version that can be read, and the one that answers."""
+    manifests = (readable_manifest(artifacts, ref) for ref in reversed(versions(artifacts, model)))
+    newest = next((manifest for manifest in manifests if manifest), None)
+    ref = answering(artifacts, model)
+    answers = readable_manifest(artifacts, ref) if ref else None
+    return [manifest for manifest in (newest, answers) if manifest]
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Check every file's presence, size and digest. Raises FileMissing or DigestMismatch, naming the file."""
     for name, facts in manifest.files.items():

@@ -22,6 +22,7 @@ from service.jobs.store import JobStore, open_store
 from service.settings import Settings
 from tests.service.jobs.conftest import order
 from tests.tiny import encode, make_bundle
+from training.bundle.store import hold_back
 
 SHADES = {"model": "greys", "dataset": {"builtin": "mnist", "limit": 100}, "name": "shades"}
 
@@ -95,10 +96,6 @@ def test_everything_can_be_said(client: TestClient, settings: Settings) -> None:
     }
     job = started(client, **asked)
     assert {name: job[name] for name in asked} == asked
-
-
-def test_a_result_without_a_name_is_a_version_of_its_base(client: TestClient) -> None:
-    assert started(client, name=None)["name"] == "greys"
 
 
 @pytest.mark.parametrize(
@@ -299,8 +296,34 @@ def test_a_name_that_stands_for_other_classes_is_taken(client: TestClient) -> No
     assert client.get("/train").json()["jobs"] == []
 
 
-def test_some_of_the_classes_of_a_model_make_a_version_of_it(client: TestClient) -> None:
-    assert sent(client, archive("GREY-1", "grey-2"), model="greys").status_code == 202
+def test_a_result_without_a_name_is_a_version_of_its_base_whose_classes_it_may_have_in_any_case(
+    client: TestClient,
+) -> None:
+    reply = sent(client, archive("GREY-1", "grey-2"), model="greys")
+    assert (reply.status_code, reply.json()["name"]) == (202, "greys")
+
+
+def test_a_built_in_set_has_classes_too(client: TestClient) -> None:
+    assert problem(client.post("/train", json=SHADES | {"name": "greys"}).json()) == {
+        "title": "The name is that of a model with other classes",
+        "status": 409,
+        "detail": "model greys has the classes grey-0, grey-1, grey-2, grey-3, grey-4, grey-5, grey-6, grey-7, grey-8, "
+        "grey-9 and 6 more; the new version would have 0, 1, 2, 3, 4, 5, 6, 7, 8, 9: give it another `name`",
+        "code": "name_taken",
+    }
+
+
+def test_a_name_that_is_held_back_stands_for_its_classes_too(client: TestClient, settings: Settings) -> None:
+    make_bundle(settings.artifacts, "pets", classes=("dark", "light"), activate=False)
+    hold_back(settings.artifacts, "pets")
+    assert problem(sent(client, archive("high", "low"), model="greys", name="pets").json()) == {
+        "title": "The name is that of a model with other classes",
+        "status": 409,
+        "detail": "model pets has the classes dark, light; the new version would have high, low: "
+        "give it another `name`",
+        "code": "name_taken",
+    }
+    assert sent(client, archive("Light", "DARK"), model="greys", name="pets").status_code == 202
 
 
 def test_what_is_wrong_with_the_rest_is_said_before_the_archive_is_looked_at(client: TestClient) -> None:

@@ -407,3 +407,20 @@ class Stored(RuleBasedStateMachine):
 
 Stored.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
 test_any_sequence_leaves_a_consistent_store = Stored.TestCase
+
+
+def test_what_a_new_version_must_agree_with_is_the_newest_that_can_be_read_and_the_one_that_answers(
+    root: Path, publish: Publish
+) -> None:
+    assert store.namesakes(root, "greys") == []
+    first, second, third = (publish() for _ in range(3))
+    (third.path(root) / MANIFEST).write_text("{")
+    manifests = {ref: store.read_manifest(root, ref) for ref in (first, second)}
+    assert store.namesakes(root, "greys") == [
+        manifests[second],
+        manifests[first],
+    ]  # the oldest, before any is activated
+    store.hold_back(root, "greys")
+    assert store.namesakes(root, "greys") == [manifests[second]]
+    store.activate(root, first)
+    assert store.namesakes(root, "greys") == [manifests[second], manifests[first]]
