@@ -190,11 +190,11 @@ def finetune(
 
 def _finetune(folder: Path, options: Any, as_json: bool) -> None:
     from training import finetune as finetuning
-    from training import guest, loop, tune
+    from training import loop, tune
     from training.display import Display
 
     try:
-        with Display(err) as display, guest.alone_in(folder):
+        with Display(err) as display:
 
             def emit(event: Any) -> None:
                 display(event)

@@ -32,6 +32,7 @@ from training.datasets import Split, holdout
 from training.devices import choose_device, keep_freed_memory, training_precision
 from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
+from training.guest import alone_in
 from training.hold import holdable, working_time
 from training.layout import DatasetError
 from training.loop import Emit, Interrupted, arithmetic_of
@@ -41,10 +42,12 @@ from training.processors import processors
 from training.quantize import int8_form
 from training.report import read_verdict
 from training.task import Past, Pictures, Plan, Task
+from training.tune import LEARNING_CURVE
 
 RUN = "run.json"
 EVENTS = "events.jsonl"
 DATA = "data"
+TORN = (".*.pt-*", f".{LEARNING_CURVE}", f".{RUN}")  # what a kill leaves of files that were being written
 
 TIMED_ROUNDS = 30
 CHECKED_IN_INT8 = 1000  # test pictures at most; more would take longer than they tell
@@ -86,9 +89,16 @@ def open_plan(folder: Path) -> Plan:
 
 
 def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
-    """Fine-tune to the end, or go on to it; returns what came of it. Raises what the parts raise."""
-    begun = working_time()
+    """Fine-tune to the end, or go on to it; returns what came of it. Raises FolderBusy, and what the parts raise."""
     plan = open_plan(folder)
+    with alone_in(folder):
+        for torn in (path for pattern in TORN for path in folder.glob(pattern)):
+            torn.unlink()
+        return _execute(plan, folder, options, emit)
+
+
+def _execute(plan: Plan, folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
+    begun = working_time()
     log = events.EventLog(folder / EVENTS)
 
     def tell(event: events.Event) -> None:

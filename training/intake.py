@@ -7,7 +7,6 @@ bytes depend on nothing but the pictures. Needs no torch.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import zipfile
 from collections import Counter, deque
@@ -34,6 +33,7 @@ from training.bundle.digits import border_pixels
 from training.bundle.images import FORMATS, ImageRejected, decode
 from training.bundle.manifest import InputSpec, Manifest
 from training.bundle.replay import REPLAY, Replay, read_replay
+from training.bundle.staging import private_folder
 from training.dataset_report import (
     SHOWN,
     BaseModelFacts,
@@ -427,19 +427,15 @@ def _identity(pictures: list[Picture]) -> str:
 
 def _write(into: Path, report: Report, pictures: list[Picture], spool: IO[bytes]) -> None:
     """Beside its place first, then renamed: whole or not at all."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{into.name}-", dir=into.parent))
-    try:
+    with private_folder(into.parent, f".{into.name}-safelight-") as staging:
         with (staging / DATA).open("wb") as file:
             _write_zip(file, pictures, spool)
             _flush(file)
         with (staging / REPORT).open("wb") as file:
             file.write(report.model_dump_json(indent=1).encode() + b"\n")
             _flush(file)
-        staging.chmod(0o755)  # mkdtemp makes 0700
+        staging.chmod(0o755)  # whatever the umask
         os.rename(staging, into)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _write_zip(file: IO[bytes], pictures: list[Picture], spool: IO[bytes]) -> None:

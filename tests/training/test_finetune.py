@@ -23,6 +23,7 @@ from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
 from training.checkpoint import CheckpointError
 from training.finetune import Options, RunInvalid
+from training.guest import FolderBusy, alone_in
 from training.loop import Diverged, Interrupted
 from training.published import verify
 from training.task import Plan
@@ -403,6 +404,35 @@ def test_what_was_timed_before_the_kill_is_what_is_told_after_it(
     assert (result["comparisons"], result["metrics"]) == (reported["gate"]["comparisons"], reported["metrics"])
     assert {"latency", "mcnemar"} <= {check["name"] for check in result["gate"]["checks"]}
     assert [ref.version for ref in store.versions(tiny, "tiny")] == ["1", "2"]
+
+
+def test_what_a_kill_left_of_files_that_were_being_written_goes_when_the_run_goes_on(
+    tmp_path: Path, tiny: Path
+) -> None:
+    made = plan(bars(tmp_path / "bars", 25))
+    finetune.create(tmp_path / "run", made)
+    torn = (
+        ".checkpoint.pt-4711",
+        ".head.pt-1",
+        ".learning-curve.png",
+        ".run.json",
+        ".data-safelight-x/content/data.zip",
+    )
+    for name in torn:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"torn")
+    (tmp_path / "run" / ".notes").write_text("mine")
+    finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".notes", "events.jsonl", "run.json"]
+
+
+def test_a_folder_where_a_run_is_at_work_is_left_alone(tmp_path: Path, tiny: Path) -> None:
+    finetune.create(tmp_path / "run", plan(bars(tmp_path / "bars", 25)))
+    (tmp_path / "run" / "events.jsonl").write_text('{"event": "being writ')
+    with alone_in(tmp_path / "run"), pytest.raises(FolderBusy) as refusal:
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert str(refusal.value) == f"another process is at work in {tmp_path / 'run'}; wait for it, or stop it first"
+    assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "being writ'
 
 
 def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:

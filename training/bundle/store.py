@@ -8,8 +8,6 @@ import fcntl
 import hashlib
 import math
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from training.bundle.manifest import (
     ModelName,
     Version,
 )
+from training.bundle.staging import private_folder
 
 ACTIVE = "active"
 NONE = "none"  # in place of a version: none answers those who name none
@@ -235,12 +234,9 @@ def activate(artifacts: Path, ref: BundleRef) -> None:
 
 def delete(artifacts: Path, ref: BundleRef) -> None:
     """Remove a version: renamed out of sight first, so that nobody sees half of it go."""
-    doomed = Path(tempfile.mkdtemp(prefix=".deleted-", dir=artifacts / ref.model))
-    try:
-        with _highest_number(artifacts / ref.model):  # its number counts as given, also where it was copied here
-            os.rename(ref.path(artifacts), doomed / ref.version)
-    finally:
-        shutil.rmtree(doomed)
+    folder = artifacts / ref.model
+    with private_folder(folder, ".deleted-") as doomed, _highest_number(folder):
+        os.rename(ref.path(artifacts), doomed / ref.version)  # and its number counts, also where it was copied here
 
 
 def check_writable(artifacts: Path, model: str) -> None:
@@ -255,15 +251,13 @@ def check_writable(artifacts: Path, model: str) -> None:
 
 @contextmanager
 def staging(artifacts: Path, model: str) -> Iterator[Path]:
-    """A private folder beside the model's versions, to write a bundle into; removed unless it was published."""
+    """A private folder beside the model's versions, to write a bundle into; removed unless it was published, and where
+    its process was killed, by the next one that stages a version of the model."""
     check_model_name(model)
     parent = artifacts / model
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
-    try:
+    with private_folder(parent, ".staging-") as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(staged: Path, artifacts: Path, model: str, describe: Callable[[str], Manifest]) -> BundleRef:
@@ -276,7 +270,7 @@ def publish(staged: Path, artifacts: Path, model: str, describe: Callable[[str],
         ref = BundleRef(model, str(number))
         (staged / MANIFEST).write_text(describe(ref.version).model_dump_json(indent=2) + "\n")
         _flush(staged)
-        staged.chmod(0o755)  # mkdtemp makes 0700; the service may run as another user
+        staged.chmod(0o755)  # whatever the umask: the service may run as another user
         os.rename(staged, ref.path(artifacts))
         _flush_folder(artifacts / model)
     return ref
