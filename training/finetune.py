@@ -34,6 +34,7 @@ from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
 from training.guest import alone_in
 from training.hold import holdable, working_time
+from training.holdouts import digest
 from training.layout import DatasetError
 from training.loop import Emit, Interrupted, arithmetic_of
 from training.memory import remember
@@ -261,7 +262,7 @@ def judge(task: Task, candidate: Candidate, options: Options) -> tuple[Measured,
         candidate_cost=mine,
         active_cost=rivals,
         cross_validated=candidate.cross_validated,
-        looks=1 + earlier_looks(task, options),
+        looks=looks(task, candidate, options),
     )
     return measured, gate.judge(evidence, seed=task.plan.seed)
 
@@ -309,14 +310,10 @@ def guard_answers(task: Task, candidate: Candidate) -> gate.Guard | None:
     return gate.Guard(mine, bases)
 
 
-def earlier_looks(task: Task, options: Options) -> int:
-    """How many versions of this name were held against the hold-out of these very pictures before."""
-    looks = 0
-    for ref in store.versions(options.artifacts, task.plan.name):
-        manifest = store.readable_manifest(options.artifacts, ref)
-        if manifest and manifest.parent and manifest.created_at < task.plan.created_at:
-            looks += manifest.training.dataset.sha256 == task.pictures.sha256
-    return looks
+def looks(task: Task, candidate: Candidate, options: Options) -> int:
+    """How many candidates for this name have been held against these very test pictures, this one included."""
+    hold_out = digest(task.split.images[candidate.test])
+    return store.looked(options.artifacts, task.plan.name, hold_out, checkpoint.weights_sha256(candidate.network))
 
 
 def costs(candidate: ConvNet, rival: Rival | None, task: Task) -> tuple[gate.Cost, gate.Cost | None]:

@@ -181,6 +181,26 @@ def test_a_base_of_too_many_classes_to_remember_any_is_fine_tuned_without_a_guar
     assert (guard["passed"], guard["sentence"]) == (None, "There is no test set of the base to guard.")
 
 
+def test_each_candidate_on_the_same_test_pictures_makes_it_harder_also_when_it_was_deleted(
+    tmp_path: Path, tiny: Path
+) -> None:
+    data = inverted_squares(tmp_path / "data", 110)
+
+    def asked(folder: str) -> float:
+        """What p must be below."""
+        made = plan(data, name="tiny", promote="never", tuning=Tuning(depth="head", replay=False))
+        checks = run(tmp_path / folder, tiny, made)["gate"]["checks"]
+        return next(check["figures"]["alpha"] for check in checks if check["name"] == "mcnemar")
+
+    assert asked("first") == 0.05
+    store.delete(tiny, BundleRef("tiny", "2"))
+    (data / "train" / "filled" / "0000.png").unlink()
+    assert asked("another-training-part") == 0.025
+    assert asked("the-same-again") == 0.025
+    (data / "test" / "filled" / "0000.png").unlink()
+    assert asked("another-test-part") == 0.05
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_shuffled_labels_are_refused_and_nothing_answers(tmp_path: Path, tiny: Path, seed: int) -> None:
     data = bars(tmp_path / "bars", 120, seed=seed, shuffled=True)
@@ -521,7 +541,7 @@ def test_a_full_disk_of_models_fails_the_run_and_nothing_half_made_is_left(
     last = failed(tmp_path / "run", artifacts, plan(data), expected=(OSError, RuntimeError))
     assert (last.code, last.message) == ("disk_full", "the disk is full; make room, then start the job again")
     assert store.versions(artifacts, "bars") == []
-    assert {path.name for path in (artifacts / "bars").iterdir()} <= {"active"}
+    assert {path.name for path in (artifacts / "bars").iterdir()} <= {"active", ".looks"}
     shutil.copytree(artifacts, tmp_path / "larger")
     again = finetune.execute(tmp_path / "run", Options(tmp_path / "larger", device="cpu"), lambda _: None)
     assert (again["version"], again["promoted"]) == ("1", True)

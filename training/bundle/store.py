@@ -35,6 +35,7 @@ ACTIVE = "active"
 NONE = "none"  # in place of a version: none answers those who name none
 UNLOADED = "unloaded"  # while this file is there, the model doesn't answer at all
 LAST = ".last"  # the highest version ever given, so that a deleted version's number isn't used again
+LOOKS = ".looks"  # a line for each candidate and the hold-out that it was held against, also of deleted versions
 
 _MODEL_NAME = TypeAdapter(ModelName)
 _VERSION = TypeAdapter(Version)
@@ -247,6 +248,22 @@ def check_writable(artifacts: Path, model: str) -> None:
             f"{place} can't be written, so no version could be published there; see to the owner and rights of the "
             "artifacts folder (SAFELIGHT_ARTIFACTS)"
         )
+
+
+def looked(artifacts: Path, model: str, hold_out: str, weights: str) -> int:
+    """Note that a candidate is held against a hold-out, by their digests: how many were so far, this one included."""
+    check_model_name(model)
+    (artifacts / model).mkdir(parents=True, exist_ok=True)
+    look = f"{hold_out} {weights}\n"
+    with (artifacts / model / LOOKS).open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        looks = set(file)
+        if look not in looks:
+            file.write(look)
+            file.flush()
+            os.fsync(file.fileno())
+    return sum(line.startswith(hold_out) for line in looks | {look})
 
 
 @contextmanager
