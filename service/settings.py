@@ -108,7 +108,12 @@ class Settings(BaseSettings):
         description="A paused job's process waits so long in memory, to go on at once, or until another job needs its "
         "place; 0: it ends at once.",
     )
-    job_memory_bytes: int = Field(0, ge=0, description="Memory that a job may take; 0: as much as there is.")
+    job_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory that a job may take; 0: three quarters of the machine's or its container's, shared by the "
+        "jobs that run at once, and on a GPU no limit.",
+    )
     keep_checkpoints: float = Field(
         7.0, ge=0, description="Days that a failed job's checkpoint is kept; that of any other goes when it is over."
     )

@@ -19,6 +19,7 @@ ALLOWED = {
     "training.networks": {"training.recipes"},
     "training.augment": set(),
     "training.processors": set(),
+    "training.ram": set(),
     "training.guest": {"training"},
     "training.hold": {"training", "training.events"},
     "training.duplicates": set(),
@@ -85,7 +86,7 @@ ALLOWED = {
         "training.events",
     },
     "service.client": {"service.api", "service.jobs"},
-    "service.app": {"service", "training", "training.devices", "training.processors"},
+    "service.app": {"service", "training", "training.devices", "training.processors", "training.ram"},
     "service.__main__": {"service", "training", "training.devices"},
 }
 

@@ -8,7 +8,6 @@ A run is a folder. Only the long part, `tune`, keeps checkpoints, and the head t
 and comes out the same again.
 """
 
-import errno
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from training.datasets import Split, holdout
 from training.devices import choose_device, keep_freed_memory, training_precision
 from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
-from training.guest import alone_in
+from training.guest import alone_in, limit_memory, memory_left
 from training.hold import holdable, working_time
 from training.holdouts import digest
 from training.layout import DatasetError
@@ -50,6 +49,8 @@ EVENTS = "events.jsonl"
 DATA = "data"
 TORN = (".*.pt-*", f".{LEARNING_CURVE}", f".{RUN}")  # what a kill leaves of files that were being written
 
+LEAST_BYTES = 2**28  # no run does with less than this beside its libraries
+LAST_BYTES = 2**24  # a thread's stack is half of it: with less left, whatever fails does so for want of memory
 TIMED_ROUNDS = 30
 CHECKED_IN_INT8 = 1000  # test pictures at most; more would take longer than they tell
 
@@ -67,6 +68,7 @@ class Options:
     device: str | None = None
     deadline_seconds: float | None = None
     holdable: bool = False
+    memory_bytes: int | None = None
 
 
 def create(folder: Path, plan: Plan) -> None:
@@ -110,6 +112,8 @@ def _execute(plan: Plan, folder: Path, options: Options, emit: Emit) -> dict[str
         return options.deadline_seconds is not None and working_time() - begun > options.deadline_seconds
 
     try:
+        if options.memory_bytes is not None:
+            limit_memory(options.memory_bytes, least=LEAST_BYTES)
         keep_freed_memory()
         torch.set_num_threads(processors())
         with holdable(tell) if options.holdable else nullcontext():
@@ -137,15 +141,10 @@ def _execute(plan: Plan, folder: Path, options: Options, emit: Emit) -> dict[str
 
 
 def failure(error: Exception) -> events.Failed:
-    """What went wrong, by a stable code, and what to do."""
-    causes = [error, *filter(None, (error.__cause__, error.__context__))]
-    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
-        return events.Failed(code="disk_full", message="the disk is full; make room, then start the job again")
-    exhausted = any(phrase in str(error) for phrase in ("can't allocate memory", "out of memory", "Cannot allocate"))
-    if isinstance(error, MemoryError) or exhausted:
-        advice = "allow more, or set a smaller batch_size, or send fewer pictures"
-        return events.Failed(code="out_of_memory", message=f"the run needs more memory than it may take; {advice}")
-    return events.Failed(code=events.code_of(error), message=str(error) or repr(error))
+    """What went wrong. Where next to nothing is left of the memory, that is it, whatever libraries make of the want."""
+    if isinstance(error, RuntimeError | SystemError | ImportError) and memory_left() < LAST_BYTES:
+        error = MemoryError()
+    return events.failure(error)
 
 
 # --- what there is to learn from --------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from service.errors import (
 )
 from service.telemetry import logger
 from training.dataset_report import Report
+from training.events import is_disk_full
 
 DATA = "data.zip"
 REPORT = "dataset.json"
@@ -403,7 +404,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             raise _disk_full() from error
         raise StateUnwritable(
             f"the state folder can't be written: {error.strerror}; see to SAFELIGHT_STATE's owner and rights"

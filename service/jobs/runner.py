@@ -5,7 +5,6 @@ over, and finds in the run folders how far each job has come.
 """
 
 import asyncio
-import errno
 import fcntl
 import json
 import os
@@ -35,8 +34,6 @@ RUN = "run.json"
 CURVE = "learning-curve.png"
 KEPT = frozenset({RUN, EVENTS, LOG, CURVE})  # of a job that is over
 
-DISK_FULL = "the disk of the state folder is full; free some of it, then start the job again"
-
 SETTLED: dict[Wish, Status] = {"pause": "paused", "cancel": "cancelled"}
 
 
@@ -48,7 +45,7 @@ class Machine:
     artifacts: Path
     data: Path | None
     devices: Sequence[str]  # each job gets the one that the fewest others are on
-    memory_bytes: int  # 0: as much as there is
+    memory_bytes: int  # 0: no limit
     job_seconds: float
     grace_seconds: float  # from SIGTERM to SIGKILL
     hold_seconds: float  # that a paused job's process waits for the word to go on; 0: it ends at once
@@ -229,8 +226,8 @@ class Runner:
             ending = sitting.ending(asked, code)
         except OSError as error:
             logger.warning("no training process", extra={"job": job_id, "reason": str(error)})
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            ending = failure("disk_full", DISK_FULL) if is_full else sitting.ending(job, None)
+            is_full = events.is_disk_full(error)
+            ending = failure("disk_full", events.DISK_FULL) if is_full else sitting.ending(job, None)
         finally:
             del self._sittings[job_id], self._placed[job_id]
         await self._settle(sitting.job, ending)

@@ -1,7 +1,6 @@
 """One process's work at a job: followed through the events that it writes to its end, and what that end means."""
 
 import asyncio
-import re
 import signal
 import time
 from collections.abc import Sequence
@@ -22,12 +21,9 @@ POLL_SECONDS = 0.1  # between looks at the events
 NOTE_SECONDS = 0.5  # between notes of progress in the database
 MOST_DEATHS = 5  # in a row, without a new checkpoint
 INTERRUPTED = 130  # the exit code after SIGTERM
+OWN_DEATHS = (-signal.SIGABRT, -signal.SIGSEGV)  # that nobody else brings about
 
-WANT_OF_MEMORY = re.compile(rb"MemoryError|bad_alloc|[Cc]annot allocate memory|can't allocate memory|[Oo]ut of memory")
-
-SMALLER = "start it again with fewer pictures or epochs"
-OUT_OF_MEMORY = "the memory didn't suffice"
-MORE_MEMORY = f"give it more (SAFELIGHT_JOB_MEMORY_BYTES), or {SMALLER}"
+TOO_LONG = "the job took longer than it may (SAFELIGHT_JOB_SECONDS); start it again with fewer pictures or epochs"
 
 NOT_YET_TRAINING = events.Notice | events.Held | events.Released | events.Failed | events.Interrupted
 
@@ -209,9 +205,11 @@ class Sitting:
         if ending := told(job, self.seen.end):
             return ending
         if self.overdue:
-            return failure("deadline_passed", "the job took longer than it may (SAFELIGHT_JOB_SECONDS); " + SMALLER)
+            return failure("deadline_passed", TOO_LONG)
         if self.asked_at is not None:  # whatever its exit code: the signal may have met it anywhere
             return ("paused" if job.wanted == "pause" else "queued"), {}
+        if code in OWN_DEATHS and self._memory_ran_out():  # as it would again
+            return failure("out_of_memory", events.OUT_OF_MEMORY)
         if code is None or code < 0 or code == INTERRUPTED:
             return self._death(job, code)
         return self._unexplained(code)
@@ -229,21 +227,21 @@ class Sitting:
     def _given_up(self, code: int | None) -> Ending:
         killed = code == -signal.SIGKILL and out_of_memory_kills() > self._memory_kills
         if killed or self._memory_ran_out():
-            return failure("out_of_memory", f"{OUT_OF_MEMORY}, {MOST_DEATHS} times in a row; {MORE_MEMORY}")
+            return failure("out_of_memory", events.OUT_OF_MEMORY)
         how = f"by {signal.Signals(-code).name}" if code and code < 0 else "from outside"
         reason = f"the training process was ended {how}, {MOST_DEATHS} times in a row, before it could get on; "
         return failure("crashed", reason + "its log may say why; start the job again once the cause is gone")
 
     def _unexplained(self, code: int) -> Ending:
         if self._memory_ran_out():
-            return failure("out_of_memory", f"{OUT_OF_MEMORY}; {MORE_MEMORY}")
-        lines = log_end(self._folder).decode(errors="replace").strip().splitlines()
+            return failure("out_of_memory", events.OUT_OF_MEMORY)
+        lines = log_end(self._folder).strip().splitlines()
         words = f": {lines[-1][:300]}" if lines else ""
         reason = f"the training process ended with exit code {code} and didn't say why{words}; its log may say more"
         return failure("unexpected_exit", reason)
 
     def _memory_ran_out(self) -> bool:
-        return WANT_OF_MEMORY.search(log_end(self._folder)) is not None
+        return events.WANT_OF_MEMORY.search(log_end(self._folder)) is not None
 
 
 def read_all(folder: Path) -> Seen:
@@ -269,13 +267,13 @@ def failure(code: str, message: str) -> Ending:
     return "failed", {"error": Error(code=code, message=message).model_dump()}
 
 
-def log_end(folder: Path, size: int = 4096) -> bytes:
+def log_end(folder: Path, size: int = 4096) -> str:
     try:
         with (folder / LOG).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - size))
-            return file.read()
+            return file.read().decode(errors="replace")
     except FileNotFoundError:
-        return b""
+        return ""
 
 
 def _progress(event: events.Progress | events.Phase) -> Progress:

@@ -3,8 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,7 @@ from training.bundle import store
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 ROWS = {"builtin": "mnist", "limit": 400}  # what `data` puts in the place of MNIST
 QUICK = {"depth": "head"}  # only starting the process takes long
 LONG = {"depth": "full", "epochs": 1000}
@@ -224,6 +228,33 @@ def test_two_services_on_one_database_do_their_own_jobs_and_know_of_the_others(
         assert (elsewhere.status_code, elsewhere.json()["code"]) == (404, "job_file_not_found")
     assert os.listdir(tmp_path / "one" / "state" / "jobs") == [ours]
     assert os.listdir(tmp_path / "two" / "state" / "jobs") == [theirs]
+
+
+@pytest.mark.parametrize("beside_libraries", [None, 2**28 + 2**24], ids=["to begin with", "on the way"])
+def test_a_job_that_needs_more_memory_than_it_may_take_fails_and_says_what_to_do(
+    settings: dict[str, str], tmp_path: Path, beside_libraries: int | None
+) -> None:
+    limit = 100_000_000 if beside_libraries is None else allocated_by_libraries() + beside_libraries
+    shutil.copytree(ROOT / "artifacts", tmp_path / "artifacts")
+    limited = settings | {"default_model": "cifar10", "job_memory_bytes": str(limit)}
+    with serving(tmp_path / "artifacts", tmp_path, **limited) as server, Client(server.url) as safelight:
+        job = safelight.wait(safelight.train(ROWS, model="cifar10", name="rows", recipe=QUICK).id, timeout=90)
+        assert (job.status, job.result) == ("failed", None)
+        assert job.error is not None
+        assert job.error.model_dump() == {
+            "code": "out_of_memory",
+            "message": "the job needs more memory than it may take; allow more (SAFELIGHT_JOB_MEMORY_BYTES, or "
+            "--memory-bytes), or start it again with a smaller batch_size or fewer pictures",
+        }
+        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    assert not (tmp_path / "artifacts" / "rows").exists()
+    assert processes(tmp_path) == []
+
+
+def allocated_by_libraries() -> int:
+    """By what a job imports, before it does anything."""
+    program = "from training import finetune, guest; guest.limit_memory(2**40); print(2**40 - guest.memory_left())"
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
 
 # --- killed at any moment ---

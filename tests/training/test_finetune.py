@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -539,7 +541,7 @@ def test_a_full_disk_of_models_fails_the_run_and_nothing_half_made_is_left(
     shutil.copytree(tiny, artifacts, dirs_exist_ok=True)
     data = bars(tmp_path / "bars", 25)
     last = failed(tmp_path / "run", artifacts, plan(data), expected=(OSError, RuntimeError))
-    assert (last.code, last.message) == ("disk_full", "the disk is full; make room, then start the job again")
+    assert (last.code, last.message) == ("disk_full", events.DISK_FULL)
     assert store.versions(artifacts, "bars") == []
     assert {path.name for path in (artifacts / "bars").iterdir()} <= {"active", ".looks"}
     shutil.copytree(artifacts, tmp_path / "larger")
@@ -558,17 +560,28 @@ def test_a_full_disk_of_runs_fails_the_run_without_a_torn_checkpoint(
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 200_000
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (MemoryError(), "out_of_memory"),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-            "out_of_memory",
-        ),
-        (OSError(28, "No space left on device"), "disk_full"),
-        (ValueError("odd"), "value_error"),
-    ],
-)
-def test_a_failure_has_a_code(error: Exception, code: str) -> None:
-    assert finetune.failure(error).code == code
+def test_a_run_that_may_take_less_memory_than_it_needs_to_begin_fails(tmp_path: Path, tiny: Path) -> None:
+    finetune.create(tmp_path / "run", plan(tmp_path / "bars"))
+    with pytest.raises(MemoryError):
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu", memory_bytes=100_000_000), lambda _: None)
+    (last,) = events_of(tmp_path / "run")
+    assert isinstance(last, events.Failed)
+    assert (last.code, last.message) == ("out_of_memory", events.OUT_OF_MEMORY)
+
+
+FAILS_FOR_WANT = """
+import resource
+from training import finetune, guest
+told = [RuntimeError("can't start new thread"), RuntimeError("could not create a primitive"), SystemError("no error")]
+print(*(finetune.failure(error).code for error in told))
+guest.limit_memory(guest._allocated() + 2**23)
+print(*(finetune.failure(error).code for error in [*told, ValueError("odd"), finetune.RunInvalid("no run")]))
+"""
+
+
+def test_whatever_fails_where_no_memory_is_left_fails_for_that() -> None:
+    told = subprocess.run([sys.executable, "-c", FAILS_FOR_WANT], capture_output=True, text=True, check=True).stdout
+    assert [line.split() for line in told.splitlines()] == [
+        ["runtime_error", "runtime_error", "system_error"],
+        ["out_of_memory", "out_of_memory", "out_of_memory", "value_error", "run_invalid"],
+    ]

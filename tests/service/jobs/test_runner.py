@@ -22,6 +22,7 @@ from service.jobs.job import Error, Job
 from service.jobs.runner import Keeping, Machine, Runner
 from service.jobs.store import JobStore
 from tests.service.jobs.conftest import order
+from training.events import OUT_OF_MEMORY
 
 PROGRAM = Path(__file__).parent / "training_program.py"
 WEEK_AND_QUARTER = Keeping(checkpoints=7, jobs=90)
@@ -419,9 +420,7 @@ async def test_a_run_that_ends_without_a_word_is_quoted_from_its_log(shop: Works
     job = shop.queue(exit_at=1)
     async with shop.runner().working():
         failed = await shop.until(job, "failed")
-    message = (
-        "the training process ended with exit code 1 and didn't say why: no idea what happened; its log may say more"
-    )
+    message = "the training process ended with exit code 1 and didn't say why: no idea; its log may say more"
     assert failed.error == Error(code="unexpected_exit", message=message)
 
 
@@ -461,11 +460,30 @@ async def test_want_of_memory_has_its_own_code(shop: Workshop) -> None:
         with (shop.folder(job) / "log.txt").open("a") as log:
             log.write("terminate called after throwing an instance of 'std::bad_alloc'\n")
         failed = await shop.until(job, "failed")
-    message = (
-        "the memory didn't suffice, 5 times in a row; give it more (SAFELIGHT_JOB_MEMORY_BYTES), or "
-        "start it again with fewer pictures or epochs"
-    )
-    assert failed.error == Error(code="out_of_memory", message=message)
+    assert failed.error == Error(code="out_of_memory", message=OUT_OF_MEMORY)
+    assert len(shop.pids(job)) == 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "OpenBLAS error: Memory allocation still failed after 10 retries, giving up.",
+        "memory allocation of 49152 bytes failed\nskipping backtrace printing to avoid potential recursion",
+        "ImportError: libx.so: cannot allocate memory in static TLS block",
+    ],
+)
+@pytest.mark.parametrize("how", [{"exit_at": 1}, {"abort_at": 1}])
+def test_a_process_that_ends_itself_for_want_of_memory_is_not_started_again(
+    shop: Workshop, words: str, how: dict[str, int]
+) -> None:
+    async def main() -> None:
+        job = shop.queue(words=words, **how)
+        async with shop.runner().working():
+            failed = await shop.until(job, "failed")
+        assert failed.error == Error(code="out_of_memory", message=OUT_OF_MEMORY)
+        assert len(shop.pids(job)) == 1
+
+    asyncio.run(main())
 
 
 @in_loop
@@ -532,8 +550,7 @@ def test_a_full_disk_fails_the_job_and_leaves_no_process(shop: Workshop) -> None
         job = shop.queue(steps=10_000)
         async with shop.runner().working():
             failed = await shop.until(job, "failed")
-        message = "the disk of the state folder is full; free some of it, then start the job again"
-        assert failed.error == Error(code="disk_full", message=message)
+        assert failed.error == Error(code="disk_full", message="the disk is full; make room, then start the job again")
         assert not any(str(shop.root) in words for words in commands())
 
     with full_disk(shop.root / "jobs"):
