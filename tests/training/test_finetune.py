@@ -203,7 +203,7 @@ def test_each_candidate_on_the_same_test_pictures_makes_it_harder_also_when_it_w
     assert asked("another-test-part") == 0.05
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(10))
 def test_shuffled_labels_are_refused_and_nothing_answers(tmp_path: Path, tiny: Path, seed: int) -> None:
     data = bars(tmp_path / "bars", 120, seed=seed, shuffled=True)
     result = run(tmp_path / "run", tiny, plan(data, seed=seed, tuning=Tuning(depth="head")))
