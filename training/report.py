@@ -20,7 +20,7 @@ CARD = "model-card.md"
 
 WHO = {  # the gate's comparisons
     "candidate": "this version",
-    "active": "the version that answered until then",
+    "active": "the active version",
     "nearest_mean": "the nearest class mean, which needs no training",
     "majority": "always the commonest class",
 }

@@ -115,7 +115,7 @@ fixed 20 of 40, broke 0; p = 1e-6; promoted
 | right, of pictures that nothing was fitted to (95 % interval) | value |
 |---|---|
 | this version | 40 of 40, 100.0% (91.2% to 100.0%) |
-| the version that answered until then | 20 of 40, 50.0% (35.2% to 64.8%) |
+| the active version | 20 of 40, 50.0% (35.2% to 64.8%) |
 | always the commonest class | 20 of 40, 50.0% (35.2% to 64.8%) |
 
 - `outputs`, passed: Its outputs are finite and differ from picture to picture.
