@@ -171,11 +171,15 @@ class Sitting:
 
     async def _note_held(self) -> None:
         """The process waits; its job is paused from now on, unless something else is wanted meanwhile."""
-        if (await asyncio.to_thread(self._jobs.get, self.job.id)).wanted != "pause":
+        job = await asyncio.to_thread(self._jobs.get, self.job.id)
+        if job.wanted != "pause":
             self.stop()
             return
         held_at = time.monotonic()
-        self.job = await asyncio.to_thread(self._jobs.move, self.job, "paused", **self._notes())
+        try:
+            self.job = await asyncio.to_thread(self._jobs.move, job, "paused", **self._notes())
+        except JobMoved:  # it was cancelled between the two, which the next look finds
+            return
         self.held_at, self.asked_at = held_at, None
 
     async def _go_on(self, child: Child, held_at: float) -> None:

@@ -21,7 +21,7 @@ from service.errors import DatasetNotFound
 from service.jobs.job import Error, Job
 from service.jobs.runner import Keeping, Machine, Runner
 from service.jobs.store import JobStore
-from tests.service.jobs.conftest import order
+from tests.service.jobs.conftest import Hesitant, order
 
 PROGRAM = Path(__file__).parent / "training_program.py"
 WEEK_AND_QUARTER = Keeping(checkpoints=7, jobs=90)
@@ -46,13 +46,15 @@ class Workshop:
             hold_seconds=30.0,
         )
 
-    def runner(self, *, slots: int = 1, keeping: Keeping = WEEK_AND_QUARTER, **machine: Any) -> Runner:
+    def runner(
+        self, *, slots: int = 1, keeping: Keeping = WEEK_AND_QUARTER, jobs: JobStore | None = None, **machine: Any
+    ) -> Runner:
         async def published(model: str, version: str) -> None:
             (job, *_), _ = self.jobs.page(limit=1)
             self.published.append((model, version, job.status))
 
         return Runner(
-            self.jobs,
+            jobs or self.jobs,
             self.root / "jobs",
             replace(self.machine, **machine),
             slots=slots,
@@ -90,8 +92,13 @@ class Workshop:
     async def at_step(self, job: Job, step: int) -> Job:
         return await self.seen(job, lambda _: f'"checkpointed", "step": {step},' in self.events(job))
 
+    async def begun(self, job: Job) -> Job:
+        """The runner knows that its process listens: a pause holds it, where before that it would end it."""
+        return await self.until(job, "running")
+
     async def paused(self, runner: Runner, job: Job, step: int = 3) -> Job:
         """Pause a job once it is at this step, and wait until it is."""
+        await self.begun(job)
         await self.at_step(job, step)
         self.jobs.pause(job.id)
         runner.wake()
@@ -364,6 +371,29 @@ async def test_a_cancelled_job_leaves_what_people_read_and_nothing_else(shop: Wo
     assert over.finished_at is not None
     assert not any(map(alive, shop.pids(job)))
     assert shop.published == []
+
+
+@pytest.mark.parametrize("hold_seconds", [30.0, 0.0])
+def test_a_job_that_is_cancelled_at_the_moment_of_its_pause_is_cancelled(shop: Workshop, hold_seconds: float) -> None:
+    answers = []
+
+    def cancel(seen: Job) -> None:
+        if seen.wanted == "pause":
+            answers.append(shop.jobs.cancel(seen.id).wanted)
+
+    async def main(slow: Hesitant) -> None:
+        slow.meanwhile = cancel
+        job = shop.queue(steps=10_000)
+        async with shop.runner(jobs=slow, hold_seconds=hold_seconds).working() as runner:
+            await shop.begun(job)
+            shop.jobs.pause(job.id)
+            runner.wake()
+            over = await shop.until(job, "paused", "cancelled")
+        assert (answers, over.status, over.wanted) == (["cancel"], "cancelled", None)
+        assert not any(map(alive, shop.pids(job)))
+
+    with closing(Hesitant(f"sqlite:///{shop.root}/jobs.db", "here")) as slow:
+        asyncio.run(main(slow))
 
 
 @pytest.mark.parametrize("ask", ["pause", "cancel"])
