@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.api.bodies import media_type
 from service.api.schemas import TrainRequest, TrainSettings
-from service.api.uploads import receive_form
+from service.api.uploads import read_json, receive_form
 from service.errors import DatasetNotFound, KeyInvalid, NameTaken, UnsupportedBody
 from service.inference.registry import Registry
 from service.jobs.datasets import DatasetStore, Upload
@@ -53,7 +53,7 @@ async def read(request: Request, datasets: DatasetStore) -> AsyncIterator[Asked]
     """
     kind = media_type(request)
     if kind == "application/json":
-        asked = checked(TrainRequest, await request.body())
+        asked = checked(TrainRequest, await read_json(request, "pictures come as the file `dataset` of a form"))
         yield Asked(asked, asked.dataset)
     elif kind == "multipart/form-data":
         async with datasets.uploading() as upload:

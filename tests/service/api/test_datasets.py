@@ -399,12 +399,23 @@ def test_a_field_that_is_none_is_named(client: TestClient) -> None:
         (b"{", "the body: Invalid JSON: EOF while parsing an object at line 1 column 1; "),
         (b'{"builtin": "imagenet"}', "builtin: Input should be 'mnist' or 'cifar10'; "),
         (b'{"builtin": "mnist", "limit": 5}', "limit: Input should be greater than or equal to 20; "),
-        (b" " * 70_000, "the JSON has more than 65536 bytes; it only names a built-in data set"),
     ],
 )
 def test_json_that_names_no_data_set_is_refused(client: TestClient, content: bytes, detail: str) -> None:
     found = problem(client.post("/datasets", content=content, headers={"Content-Type": "application/json"}))
     assert (found["code"], found["detail"].startswith(detail)) == ("malformed_body", True)
+
+
+def test_more_json_than_it_takes_to_name_a_data_set_is_refused(client: TestClient) -> None:
+    response = client.post("/datasets", content=b" " * 70_000, headers={"Content-Type": "application/json"})
+    assert response.headers["connection"] == "close"
+    assert problem(response) == {
+        "title": "The request body is too large",
+        "status": 413,
+        "detail": "the JSON has more than 65536 bytes; the limit is 65536: it only names a built-in data set",
+        "code": "body_too_large",
+        "limit": 65_536,
+    }
 
 
 def test_what_is_no_data_set_at_all_is_told_what_is(client: TestClient) -> None:

@@ -171,6 +171,21 @@ def test_a_body_that_makes_no_sense_is_named(client: TestClient, content: str, p
     assert parameter in {error["parameter"] for error in reply.json()["errors"]}
 
 
+def test_more_json_than_an_order_takes_is_refused_while_it_comes_in(client: TestClient) -> None:
+    for content in (json.dumps(SHADES | {"model": "x" * 70_000}), iter([b" " * 10_000] * 7)):
+        reply = client.post("/train", content=content, headers={"Content-Type": "application/json"})
+        assert (reply.status_code, reply.headers["connection"]) == (413, "close")
+        assert problem(reply.json()) == {
+            "title": "The request body is too large",
+            "status": 413,
+            "detail": "the JSON has more than 65536 bytes; the limit is 65536: "
+            "pictures come as the file `dataset` of a form",
+            "code": "body_too_large",
+            "limit": 65_536,
+        }
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+
+
 def test_another_content_type_is_refused(client: TestClient) -> None:
     reply = client.post("/train", content=b"PK", headers={"Content-Type": "application/zip"})
     assert problem(reply.json()) == {
