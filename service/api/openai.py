@@ -27,6 +27,7 @@ from service.api.openai_objects import (
     JobEvent,
     Page,
     dataset_id,
+    event_line,
     own_job_id,
 )
 from service.api.schemas import TrainRequest
@@ -74,7 +75,7 @@ async def list_files(
     """The uploaded archives, newest first."""
     records = await datasets.list() if purpose == FINE_TUNE else []
     files = sorted(map(File.of, records), key=lambda file: (file.created_at, file.id), reverse=order == "desc")
-    return _page(files, after, limit)
+    return _page(_behind(files, after), limit)
 
 
 @router.get("/files/{file_id}")
@@ -191,8 +192,7 @@ async def list_events(
     job_id: str, jobs: JobsDep, runner: RunnerDep, limit: Limit = 20, after: After = None
 ) -> Page[JobEvent]:
     """What the run has told, newest first."""
-    job, told = await asyncio.to_thread(_told, jobs, runner, job_id)
-    return _page([JobEvent.of(job, number, event) for number, event in reversed(told)], after, limit)
+    return await asyncio.to_thread(_events, jobs, runner, job_id, after, limit)
 
 
 @router.get("/fine_tuning/jobs/{job_id}/checkpoints")
@@ -200,27 +200,46 @@ async def list_checkpoints(
     job_id: str, jobs: JobsDep, runner: RunnerDep, limit: Limit = 10, after: After = None
 ) -> Page[Checkpoint]:
     """The versions that the job has published."""
-    job, told = await asyncio.to_thread(_told, jobs, runner, job_id)
-    return _page(Checkpoint.all_of(job, [event for _, event in told])[::-1], after, limit)
+    return _page(_behind(await asyncio.to_thread(_checkpoints, jobs, runner, job_id), after), limit)
 
 
-def _told(jobs: JobStore, runner: Runner, job_id: str) -> tuple[Job, list[history.Numbered]]:
+def _events(jobs: JobStore, runner: Runner, job_id: str, after: str | None, limit: int) -> Page[JobEvent]:
     job = jobs.get(_own_id(job_id))
-    return job, history.numbered(runner.folder_of(job) / history.EVENTS)
+    path = runner.folder_of(job) / history.EVENTS
+    if after is None:
+        told = history.newest(path, limit + 1)
+    else:
+        line = event_line(after, job.id)
+        told = history.newest(path, limit + 2, line)
+        if not told or told.pop(0)[0] != line:
+            raise _not_there()
+    return _page([JobEvent.of(job, number, event) for number, event in told], limit)
+
+
+def _checkpoints(jobs: JobStore, runner: Runner, job_id: str) -> list[Checkpoint]:
+    job = jobs.get(_own_id(job_id))
+    told = history.parse(history.Tail(runner.folder_of(job) / history.EVENTS).read())
+    return Checkpoint.all_of(job, told)[::-1]
 
 
 # --- what all of them need ---
 
 
-def _page(items: Sequence[Value], after: str | None, limit: int) -> Page[Value]:
-    """Those behind `after`."""
-    ids = [item.id for item in items]
-    if after is not None and after not in ids:
-        raise _invalid("after", "nothing in the list has this id")
-    begin = 0 if after is None else ids.index(after) + 1
-    found = list(items[begin : begin + limit])
+def _page(items: Sequence[Value], limit: int) -> Page[Value]:
+    """The first of them."""
+    found = list(items[:limit])
     ends = {"first_id": found[0].id, "last_id": found[-1].id} if found else {}
-    return Page(data=found, has_more=len(items) > begin + limit, **ends)
+    return Page(data=found, has_more=len(items) > limit, **ends)
+
+
+def _behind(items: Sequence[Value], after: str | None) -> Sequence[Value]:
+    """Those that follow the one with this id."""
+    if after is None:
+        return items
+    ids = [item.id for item in items]
+    if after not in ids:
+        raise _not_there()
+    return items[ids.index(after) + 1 :]
 
 
 async def _dataset(datasets: DatasetStore, file_id: str, param: str) -> DatasetRecord:
@@ -236,6 +255,10 @@ def _own_id(job_id: str) -> str:
     if found := own_job_id(job_id):
         return found
     raise errors.JobNotFound(f"there is no job {job_id[:80]!r}; GET /v1/fine_tuning/jobs lists those that there are")
+
+
+def _not_there() -> RequestValidationError:
+    return _invalid("after", "nothing in the list has this id")
 
 
 def _invalid(parameter: str, message: str) -> RequestValidationError:

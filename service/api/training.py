@@ -122,8 +122,8 @@ async def get_events(
         found, more = await asyncio.to_thread(history.page, path, after=after, limit=limit)
         return JSONResponse({"events": found, "has_more": more})
     tail = history.Tail(path)
-    tail.read(after if last_event_id is None else last_event_id)
-    if last_event_id is not None and job.status in TERMINAL and tail.at_end():
+    await asyncio.to_thread(tail.read, after if last_event_id is None else last_event_id)
+    if last_event_id is not None and job.status in TERMINAL and await asyncio.to_thread(tail.at_end):
         return Response(status_code=204)  # a browser that had it all asks again, until it is told so
     return StreamingResponse(
         server_sent.stream(jobs, job_id, tail, lifecycle),

@@ -21,9 +21,9 @@ from typing import Any, Self
 
 from service.errors import DatabaseUnavailable, JobFileNotFound, ServiceError
 from service.jobs.child import LOG, end_leftover
-from service.jobs.history import EVENTS
+from service.jobs.history import EVENTS, Tail
 from service.jobs.job import AT_WORK, TERMINAL, Builtin, Job, Status, Wish
-from service.jobs.sitting import Ending, Sitting, failure, read_all, told
+from service.jobs.sitting import Ending, Seen, Sitting, failure, told
 from service.jobs.store import Due, JobMoved, JobStore
 from service.telemetry import JOB_SECONDS, logger
 from training import events
@@ -209,7 +209,8 @@ class Runner:
         except ServiceError as error:
             await self._settle(job, failure(events.code_of(error), str(error)))
             return
-        sitting = Sitting(
+        sitting = await asyncio.to_thread(
+            Sitting,
             self._jobs,
             job,
             folder,
@@ -277,7 +278,7 @@ class Runner:
         if job.status not in AT_WORK:
             return
         await end_leftover(self.folder(job_id), self._machine.grace_seconds)
-        seen = await asyncio.to_thread(read_all, self.folder(job_id))
+        seen = await asyncio.to_thread(Seen.read, Tail(self.folder(job_id) / EVENTS))
         await self._conclude(job_id, lambda job: told(job, seen.end) or ("queued", {}))
 
     async def _fulfil(self, job_id: str) -> None:

@@ -45,6 +45,13 @@ class Seen:
     progress: Progress | None = None
     end: events.Decided | events.Failed | None = None
 
+    @classmethod
+    def read(cls, tail: history.Tail) -> "Seen":
+        """What the events say that have come since."""
+        seen = cls()
+        seen.take_in(history.parse(tail.read()))
+        return seen
+
     def take_in(self, found: list[Event]) -> None:
         for event in found:
             match event:
@@ -71,12 +78,15 @@ class Sitting:
         grace_seconds: float,
         hold_seconds: float,
     ) -> None:
-        """The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
+        """Reads what the sittings before have told, which takes a while: call it in a thread.
+
+        The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
 
         Paused, it is held for `hold_seconds`, then it ends.
         """
+        self._tail = history.Tail(folder / history.EVENTS)
         self.job = job
-        self.seen = Seen(checkpoint=read_all(folder).checkpoint)  # of the sittings before
+        self.seen = Seen(checkpoint=Seen.read(self._tail).checkpoint)  # of the sittings before
         self.asked_at: float | None = None  # to stop or to wait
         self.held_at: float | None = None  # the job is paused, and the process waits
         self.overdue = False
@@ -91,8 +101,6 @@ class Sitting:
         self._deadline = self._begun + allowed_seconds + grace_seconds
         self._child: Child | None = None
         self._memory_kills = out_of_memory_kills()
-        self._tail = history.Tail(folder / history.EVENTS)
-        self._tail.read()
 
     @property
     def is_idle(self) -> bool:
@@ -248,13 +256,6 @@ class Sitting:
 
     def _memory_ran_out(self) -> bool:
         return WANT_OF_MEMORY.search(log_end(self._folder)) is not None
-
-
-def read_all(folder: Path) -> Seen:
-    """What all of a run's events say."""
-    seen = Seen()
-    seen.take_in(history.parse(history.Tail(folder / history.EVENTS).read()))
-    return seen
 
 
 def told(job: Job, end: events.Decided | events.Failed | None) -> Ending | None:

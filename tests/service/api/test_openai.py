@@ -17,6 +17,7 @@ from openai import OpenAI
 from PIL import Image
 
 from service.api import openai_objects
+from service.jobs.history import parse
 from service.jobs.job import FOLLOWING, Job
 from service.jobs.store import JobStore, open_store
 from service.settings import Settings
@@ -358,6 +359,44 @@ def test_events_are_sentences_and_figures_newest_first(sdk: OpenAI, told: Job) -
         event(2, "Fitting heads: 3/21"),
         event(1, "The pictures are checked"),
     ]
+
+
+def test_events_come_page_by_page_and_what_is_not_understood_is_on_none(client: TestClient, told: Job) -> None:
+    path, lines = f"/v1/fine_tuning/jobs/{theirs(told)}/events", []
+    page = client.get(f"{path}?limit=4").json()
+    while page["data"]:
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+        lines.append([int(event["id"].rpartition("-")[2]) for event in page["data"]])
+        assert page["has_more"] == (lines[-1][-1] > 1)
+        page = client.get(f"{path}?limit=4&after={page['last_id']}").json()
+    assert lines == [[14, 13, 12, 11], [10, 9, 8, 7], [6, 4, 3, 2], [1]]
+    assert page == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+@pytest.mark.parametrize("line", ["0", "5", "15", "99999999999999999999", "x"])
+def test_a_page_behind_no_event_of_the_list(client: TestClient, told: Job, line: str) -> None:
+    after = f"ftevent-{told.id.removeprefix('job-')}-{line}"
+    for wrong in (after, f"ftevent-{24 * '0'}-3"):
+        reply = client.get(f"/v1/fine_tuning/jobs/{theirs(told)}/events?after={wrong}")
+        message = "body.after: nothing in the list has this id"
+        assert (reply.status_code, reply.json()) == (422, error(message, "invalid_parameter", "after"))
+
+
+@pytest.mark.parametrize("what", ["events", "checkpoints"])
+def test_a_long_history_keeps_no_other_request_waiting(
+    client: TestClient, settings: Settings, told: Job, what: str
+) -> None:
+    """The event loop's thread does hardly any of the work, however fast or busy the machine is."""
+    path = settings.state / "jobs" / told.id / "events.jsonl"
+    content = "".join(json.dumps(LINES[3]) + "\n" for _ in range(40_000))
+    path.write_text(content)
+    begun = time.thread_time()
+    parse(content.encode().splitlines())
+    all_of_it = time.thread_time() - begun
+    assert client.portal is not None
+    begun = client.portal.call(time.thread_time)
+    assert client.get(f"/v1/fine_tuning/jobs/{theirs(told)}/{what}").status_code == 200
+    assert client.portal.call(time.thread_time) - begun < all_of_it / 4
 
 
 def test_checkpoints_are_the_versions_that_can_be_asked(sdk: OpenAI, told: Job) -> None:

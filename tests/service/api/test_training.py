@@ -1,5 +1,6 @@
 """The routes of fine-tuning, on a service that only queues: what jobs do is `tests/service/jobs` and `tests/e2e`."""
 
+import asyncio
 import io
 import json
 import re
@@ -15,10 +16,13 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 
+from service.api import server_sent
 from service.api.orders import Asked
 from service.api.schemas import TrainRequest
 from service.app import create_app
+from service.jobs.history import Tail
 from service.jobs.store import JobStore, open_store
+from service.lifecycle import Lifecycle
 from service.settings import Settings
 from tests.service.jobs.conftest import order
 from tests.tiny import encode, make_bundle
@@ -548,6 +552,27 @@ def test_events_come_as_a_stream_that_ends_with_the_job(client: TestClient, told
     name, data = end.split("\n")
     assert (name, rest) == ("event: end", "")
     assert json.loads(data.removeprefix("data: ")) == client.get(f"/train/{told}").json()
+
+
+def test_a_long_stream_lets_others_have_their_turn(jobs: JobStore, tmp_path: Path) -> None:
+    path, turns = tmp_path / "events.jsonl", [0]
+    path.write_text((json.dumps(EVENTS[1]) + "\n") * 1000)
+    job = jobs.move(jobs.create(order(), queue_size=1), "cancelled")
+
+    async def others() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async def main() -> list[int]:
+        beside = asyncio.create_task(others())
+        had = [turns[0] async for _ in server_sent.stream(jobs, job.id, Tail(path), Lifecycle())]
+        beside.cancel()
+        return had
+
+    had = asyncio.run(main())
+    assert len(had) == 1000 + len(["end"])
+    assert max(map(had.count, had)) <= server_sent.PORTION
 
 
 def test_a_stream_that_was_read_to_its_end_is_not_begun_again(client: TestClient, told: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from service.errors import DatasetNotFound
+from service.jobs.history import parse
 from service.jobs.job import Error, Job
 from service.jobs.runner import Keeping, Machine, Runner
 from service.jobs.store import JobStore
@@ -676,6 +677,25 @@ async def test_a_run_that_had_failed_when_its_service_died_has_failed(shop: Work
     async with shop.runner().working():
         failed = await shop.until(job, "failed")
     assert failed.error == Error(code="diverged", message="it did")
+
+
+@in_loop
+async def test_a_job_with_a_long_history_is_gone_on_with_while_the_event_loop_serves(shop: Workshop) -> None:
+    told = {"event": "checkpointed", "at": "2026-01-01T00:00:00Z", "step": 3, "path": "/somewhere"}
+    job = left_behind(shop, *[told] * 100_000)
+    shop.jobs.move(shop.jobs.get(job.id), "queued")
+    begun = time.thread_time()
+    parse(shop.events(job).encode().splitlines())
+    all_of_it = time.thread_time() - begun
+    async with shop.runner().working():
+        begun = time.thread_time()
+        await asyncio.wait_for(process_of(shop, job), 30)
+        assert time.thread_time() - begun < all_of_it / 2
+
+
+async def process_of(shop: Workshop, job: Job) -> None:
+    while not (shop.folder(job) / "child.json").exists():
+        await asyncio.sleep(0.02)
 
 
 @in_loop
