@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -28,6 +30,7 @@ from training.bundle.tuning import Tuning
 Body = TypeVar("Body", bound=BaseModel)
 
 KEY = re.compile(r'"?([\x21\x23-\x7e]{1,255})"?')  # with or without the quotes that the draft standard asks for
+BESIDE_CHECKS = timedelta(minutes=1)  # what else there is to do takes milliseconds, on a machine that isn't swamped
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ async def place(
     asked: Asked, key: str | None, registry: Registry, settings: Settings, datasets: DatasetStore, jobs: JobStore
 ) -> dict[str, Any]:
     """Queue a job: its JSON. A request that comes again with its key gets what it got first."""
-    if key and (answered := await asyncio.to_thread(jobs.claim, key, asked.fingerprint())):
+    if key and (answered := await asyncio.to_thread(jobs.claim, key, asked.fingerprint(), _longest(settings))):
         return answered
     try:
         order = await settle(asked, registry, datasets, settings)
@@ -105,6 +108,12 @@ async def place(
             await asyncio.to_thread(jobs.release, key)
         raise
     return job.model_dump(mode="json")
+
+
+def _longest(settings: Settings) -> timedelta:
+    """That it may take to answer a request whose body is here: all the checks before its own, and its own."""
+    rounds = math.ceil(settings.dataset_uploads / settings.dataset_checks)
+    return timedelta(seconds=rounds * settings.dataset_seconds) + BESIDE_CHECKS
 
 
 async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings) -> Order:

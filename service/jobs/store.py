@@ -28,7 +28,6 @@ from service.jobs.job import AT_WORK, FOLLOWING, TERMINAL, Builtin, Job, Order, 
 from service.telemetry import logger
 
 KEYS_KEPT = timedelta(hours=24)
-CLAIMS_KEPT = timedelta(minutes=10)  # of a request whose service died before it could answer
 
 _jobs, _keys = tables.jobs.c, tables.idempotency_keys.c
 
@@ -232,15 +231,16 @@ class JobStore:
 
     # --- idempotency keys ---
 
-    def claim(self, key: str, fingerprint: str) -> dict[str, Any] | None:
+    def claim(self, key: str, fingerprint: str, longest: timedelta) -> dict[str, Any] | None:
         """The answer that this very request got before, or None: then it's for the caller to answer.
 
+        A claim that is older than the `longest` that an answer may take is of a service that died before it could.
         Raises KeyReused for another request with the same key, KeyInUse while the first is being answered.
         """
         now = datetime.now(UTC)
         stale = or_(
             _keys.claimed_at < now - KEYS_KEPT,
-            and_(_keys.claimed_at < now - CLAIMS_KEPT, _keys.reply.is_(None)),
+            and_(_keys.claimed_at < now - longest, _keys.reply.is_(None)),
         )
         try:
             with self._transaction() as connection:

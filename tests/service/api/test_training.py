@@ -8,8 +8,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from fastapi.testclient import TestClient
@@ -382,7 +383,7 @@ def test_another_request_with_the_same_key_is_refused(client: TestClient) -> Non
 def test_a_key_whose_request_is_still_being_answered(client: TestClient, jobs: JobStore) -> None:
     headers = {"Idempotency-Key": "k"}
     asked = TrainRequest.model_validate(SHADES)
-    jobs.claim("k", Asked(asked, asked.dataset).fingerprint())
+    jobs.claim("k", Asked(asked, asked.dataset).fingerprint(), timedelta(hours=1))
     reply = client.post("/train", json=SHADES, headers=headers)
     assert reply.headers["retry-after"] == "5"
     assert problem(reply.json()) == {
@@ -391,6 +392,25 @@ def test_a_key_whose_request_is_still_being_answered(client: TestClient, jobs: J
         "detail": "the first request with this Idempotency-Key is still being answered; ask again in a moment",
         "code": "idempotency_key_in_use",
     }
+
+
+@pytest.mark.parametrize(("minutes", "status"), [(19, 409), (25, 202)])
+def test_a_key_is_its_requests_own_for_as_long_as_archives_may_be_checked(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, minutes: int, status: int
+) -> None:
+    checks = {"dataset_uploads": 3, "dataset_checks": 2, "dataset_seconds": 600.0}  # two rounds of ten minutes
+    asked = TrainRequest.model_validate(SHADES)
+    fingerprint = Asked(asked, asked.dataset).fingerprint()
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(minutes=minutes)
+
+    with TestClient(create_app(settings.model_copy(update=checks))) as client:
+        client.app_state["jobs"].claim("k", fingerprint, timedelta(hours=1))
+        monkeypatch.setattr("service.jobs.store.datetime", Later)
+        assert client.post("/train", json=SHADES, headers={"Idempotency-Key": "k"}).status_code == status
 
 
 def test_a_refused_request_does_not_use_up_its_key(client: TestClient) -> None:
