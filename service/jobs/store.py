@@ -121,8 +121,9 @@ class JobStore:
         return {status: found.get(status, 0) for status in FOLLOWING}
 
     def uses(self, dataset: str) -> bool:
-        """Whether a job that isn't over needs a data set."""
-        query = select(_jobs.id).where(_jobs.dataset == dataset, _jobs.status.not_in(TERMINAL)).limit(1)
+        """Whether a job of this home that isn't over needs a data set: other homes have copies of their own."""
+        needs_it = and_(_jobs.home == self.home, _jobs.dataset == dataset, _jobs.status.not_in(TERMINAL))
+        query = select(_jobs.id).where(needs_it).limit(1)
         with self._transaction() as connection:
             return connection.execute(query).first() is not None
 

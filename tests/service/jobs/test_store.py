@@ -361,6 +361,12 @@ def test_a_data_set_is_in_use_until_its_jobs_are_over(jobs: JobStore, status: St
     assert not jobs.uses("ds-2")
 
 
+def test_a_data_set_of_another_home_is_a_copy_of_its_own(open_store: Open) -> None:
+    in_state(open_store("there"), "running")
+    assert open_store("there").uses("ds-1")
+    assert not open_store("here").uses("ds-1")
+
+
 def test_a_builtin_set_is_read_back_with_its_limit(jobs: JobStore) -> None:
     assert jobs.get(create(jobs, dataset={"builtin": "mnist"}).id).dataset == Builtin(builtin="mnist")
 
