@@ -127,7 +127,8 @@ async def create_job(
         promote=body.promote,
         metadata=body.metadata or {},
     )
-    job = await orders.place(orders.Asked(wanted, wanted.dataset), key, registry, settings, datasets, jobs)
+    asked = orders.Asked(wanted, wanted.dataset)
+    job = await orders.place(request, asked, key, registry, settings, datasets, jobs)
     runner.wake()
     request.state.log["job"] = job["id"]
     return FineTuningJob.of(Job.model_validate(job))

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,12 +16,13 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from service.api.bodies import media_type
+from service.api.connection import while_connected
 from service.api.schemas import TrainRequest, TrainSettings
 from service.api.uploads import read_json, receive_form
 from service.errors import DatasetNotFound, KeyInvalid, NameTaken, UnsupportedBody
 from service.inference.registry import Registry
 from service.jobs.datasets import DatasetStore, Upload
-from service.jobs.job import Builtin, Order, Pictures
+from service.jobs.job import Builtin, Job, Order, Pictures
 from service.jobs.store import JobStore
 from service.settings import Settings
 from training.bundle import store
@@ -95,19 +96,31 @@ def key_of(given: str | None) -> str | None:
 
 
 async def place(
-    asked: Asked, key: str | None, registry: Registry, settings: Settings, datasets: DatasetStore, jobs: JobStore
+    request: Request,
+    asked: Asked,
+    key: str | None,
+    registry: Registry,
+    settings: Settings,
+    datasets: DatasetStore,
+    jobs: JobStore,
 ) -> dict[str, Any]:
     """Queue a job: its JSON. A request that comes again with its key gets what it got first."""
     if key and (answered := await asyncio.to_thread(jobs.claim, key, asked.fingerprint(), _longest(settings))):
         return answered
     try:
-        order = await settle(asked, registry, datasets, settings)
-        job = await asyncio.to_thread(jobs.create, order, queue_size=settings.queued_jobs, key=key)
+        order = await settle(request, asked, registry, datasets, settings)
+        job = await asyncio.to_thread(_queue, order, key, settings, datasets, jobs)
     except BaseException:
         if key:
             await asyncio.to_thread(jobs.release, key)
         raise
     return job.model_dump(mode="json")
+
+
+def _queue(order: Order, key: str | None, settings: Settings, datasets: DatasetStore, jobs: JobStore) -> Job:
+    """Its data set stays until the job that needs it is there. Raises DatasetNotFound, JobsFull."""
+    with datasets.holding(order.dataset) if isinstance(order.dataset, str) else nullcontext():
+        return jobs.create(order, queue_size=settings.queued_jobs, key=key)
 
 
 def _longest(settings: Settings) -> timedelta:
@@ -116,15 +129,18 @@ def _longest(settings: Settings) -> timedelta:
     return timedelta(seconds=rounds * settings.dataset_seconds) + BESIDE_CHECKS
 
 
-async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings) -> Order:
-    """Name the base's version, and take in the data. Raises what is wrong with any of it, the quick checks first."""
+async def settle(
+    request: Request, asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings
+) -> Order:
+    """Name the base's version, and take in the data. Raises what is wrong with any of it, the quick checks first, and
+    ClientGone where nobody waits for the check of the pictures any more."""
     wanted = asked.settings
     base = registry.entry(wanted.model, wanted.version)
     name = wanted.model if wanted.name is None else wanted.name
     store.check_model_name(name)
     store.check_writable(settings.artifacts, name)
     tuning = Tuning.parse(wanted.recipe)
-    dataset, classes = await _data(asked.dataset, str(base.ref), datasets, settings)
+    dataset, classes = await _data(request, asked.dataset, str(base.ref), datasets, settings)
     if classes and base.manifest:
         _check_classes(registry, name, _new_classes(base.manifest.classes, classes, tuning))
     return Order(
@@ -140,7 +156,7 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
 
 
 async def _data(
-    dataset: Pictures | Upload, base: str, datasets: DatasetStore, settings: Settings
+    request: Request, dataset: Pictures | Upload, base: str, datasets: DatasetStore, settings: Settings
 ) -> tuple[Pictures, Sequence[str]]:
     """The data set as a job names it, and its classes, as far as they are known."""
     if isinstance(dataset, Builtin):
@@ -148,8 +164,10 @@ async def _data(
             name = dataset.builtin
             raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
         return dataset, ()
-    asked = datasets.check(dataset, model=base) if isinstance(dataset, Upload) else datasets.get(dataset)
-    record = await asked
+    if isinstance(dataset, Upload):
+        record = await while_connected(request, datasets.check(dataset, model=base))
+    else:
+        record = await datasets.get(dataset)
     return record.id, record.classes
 
 

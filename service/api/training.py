@@ -70,7 +70,7 @@ async def train(
     """Start a fine-tuning job: JSON that names a data set, or a form that holds the archive itself."""
     key = orders.key_of(idempotency_key)
     async with orders.read(request, datasets) as asked:
-        job = await orders.place(asked, key, registry, settings, datasets, jobs)
+        job = await orders.place(request, asked, key, registry, settings, datasets, jobs)
     runner.wake()
     request.state.log["job"] = job["id"]
     return JSONResponse(job, 202, {"Location": f"/train/{job['id']}", "Retry-After": LOOK_AGAIN_SECONDS})

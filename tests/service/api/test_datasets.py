@@ -10,13 +10,12 @@ from io import BytesIO
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
-from starlette.types import Message
 
 from service.app import create_app
 from service.settings import Settings
+from tests.service.api.leaving import leave
 from tests.tiny import pictures, tarred, zipped
 
 ZIP = {"Content-Type": "application/zip"}
@@ -290,37 +289,10 @@ def test_a_data_set_may_be_larger_than_a_request_for_predictions(settings: Setti
         assert client.post("/predict", content=bytes(3_000)).json()["code"] == "body_too_large"
 
 
-def test_a_client_that_leaves_takes_its_upload_along(settings: Settings) -> None:
-    statuses: list[int] = []
-
-    async def leave(app: FastAPI, after: list[Message], state: dict[str, Any]) -> None:
-        messages = [*after, {"type": "http.disconnect"}]
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/datasets",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/zip")],
-            "state": dict(state),
-        }
-
-        async def receive() -> Message:
-            return messages.pop(0)
-
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                statuses.append(message["status"])
-
-        await app(scope, receive, send)
-
-    app = create_app(settings)
-    half = [{"type": "http.request", "body": b"PK", "more_body": True}]
-    whole = [{"type": "http.request", "body": zipped(pictures("cat", "dog", count=500)), "more_body": False}]
-    with TestClient(app) as client:
-        for after in (half, whole):
-            client.portal.call(leave, app, after, client.app_state)  # type: ignore[union-attr]
-        assert client.get("/datasets").json() == {"datasets": []}
-    assert statuses == [499, 499]
+def test_a_client_that_leaves_takes_its_upload_along(client: TestClient, settings: Settings) -> None:
+    assert leave(client, "/datasets", ZIP, b"PK", whole=False) == 499
+    assert leave(client, "/datasets", ZIP, zipped(pictures("cat", "dog", count=500))) == 499
+    assert client.get("/datasets").json() == {"datasets": []}
     assert os.listdir(settings.state / "datasets") == [".lock"]
 
 

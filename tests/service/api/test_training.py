@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import os
 import re
 import tempfile
 import zipfile
@@ -17,14 +18,16 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 
-from service.api import server_sent
+from service.api import orders, server_sent
 from service.api.orders import Asked
 from service.api.schemas import TrainRequest
 from service.app import create_app
 from service.jobs.history import Tail
+from service.jobs.job import Order
 from service.jobs.store import JobStore, open_store
 from service.lifecycle import Lifecycle
 from service.settings import Settings
+from tests.service.api.leaving import leave
 from tests.service.jobs.conftest import order
 from tests.tiny import encode, make_bundle
 
@@ -262,6 +265,16 @@ def sent(client: TestClient, content: bytes, key: str = "", **parts: str) -> Res
     return client.post("/train", files={"dataset": ("pets.zip", content)}, data=parts, headers=headers)
 
 
+FORM = {"Content-Type": "multipart/form-data; boundary=xyz"}
+
+
+def form(content: bytes, **fields: str) -> bytes:
+    """The same as bytes."""
+    parts = [b'name="%s"\r\n\r\n%s' % (name.encode(), value.encode()) for name, value in fields.items()]
+    parts.append(b'name="dataset"; filename="pets.zip"\r\n\r\n' + content)
+    return b"".join(b"--xyz\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts) + b"--xyz--\r\n"
+
+
 def test_the_archive_may_come_with_the_request(client: TestClient) -> None:
     recipe = json.dumps({"depth": "head"})
     reply = sent(client, archive("dark", "light"), model="greys", name="pets", seed="7", promote="never", recipe=recipe)
@@ -352,6 +365,46 @@ def test_a_form_with_two_files_is_refused(client: TestClient) -> None:
         "send them one by one",
         "code": "malformed_body",
     }
+
+
+def test_a_data_set_that_is_deleted_just_before_its_job_is_made(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = client.post("/datasets", files={"dataset": ("pets.zip", archive("dark", "light"))}).json()["id"]
+    settle = orders.settle
+
+    async def settle_and_wait(*arguments: Any) -> Order:
+        order = await settle(*arguments)
+        await asyncio.to_thread(lambda: client.delete(f"/datasets/{dataset}").raise_for_status())
+        return order
+
+    monkeypatch.setattr(orders, "settle", settle_and_wait)
+    asked = SHADES | {"dataset": dataset}
+    for reply in (
+        client.post("/train", json=asked, headers={"Idempotency-Key": "k"}),
+        sent(client, archive("dark", "light"), "k", model="greys", name="pets"),
+    ):
+        assert problem(reply.json()) == {
+            "title": "No such data set",
+            "status": 404,
+            "detail": f"data set {dataset} was deleted in this moment; send its pictures again if you need it",
+            "code": "dataset_not_found",
+        }
+    monkeypatch.undo()
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert sent(client, archive("dark", "light"), "k", model="greys", name="pets").status_code == 202
+
+
+def test_a_client_that_leaves_while_its_archive_is_checked_starts_no_job(
+    client: TestClient, settings: Settings
+) -> None:
+    body = form(archive("dark", "light", count=1000), model="greys", name="pets")
+    status = leave(client, "/train", FORM | {"Idempotency-Key": "k"}, body)
+    assert status == 499
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert client.get("/datasets").json() == {"datasets": []}
+    assert os.listdir(settings.state / "datasets") == [".lock"]
+    assert sent(client, archive("dark", "light"), "k", model="greys", name="pets").status_code == 202
 
 
 # --- the same request again ---
