@@ -135,7 +135,7 @@ async def settle(
     """Name the base's version, and take in the data. Raises what is wrong with any of it, the quick checks first, and
     ClientGone where nobody waits for the check of the pictures any more."""
     wanted = asked.settings
-    base = registry.entry(wanted.model, wanted.version)
+    base = await registry.asked(wanted.model, wanted.version)
     name = wanted.model if wanted.name is None else wanted.name
     store.check_model_name(name)
     store.check_writable(settings.artifacts, name)

@@ -203,6 +203,19 @@ def test_of_several_workers_one_does_the_jobs_and_another_takes_over_when_it_die
     assert processes(tmp_path) == []
 
 
+def test_of_several_workers_each_answers_with_a_new_model_as_soon_as_its_job_has_succeeded(
+    tiny: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
+    seldom = settings | {"rescan_seconds": "1000"}
+    picture = encode(Image.fromarray(row(7, np.random.default_rng(1))))
+    with serving(tiny, tmp_path, "--workers", "2", **seldom) as server, Client(server.url) as safelight:
+        job = safelight.train(ROWS, model="tiny", name="rows", recipe=QUICK, promote="always").id
+        assert safelight.wait(job, timeout=120).status == "succeeded"
+        for _ in range(16):  # connections, of which either worker gets some
+            answer = httpx.post(f"{server.url}/predict?model=rows", files={"file": picture}, timeout=60).json()
+            assert (answer["model"], answer["predictions"][0]["label"]) == ("rows", "7")
+
+
 def test_two_services_on_one_database_do_their_own_jobs_and_know_of_the_others(
     tiny: Path, settings: dict[str, str], tmp_path: Path, postgres: str
 ) -> None:
