@@ -146,7 +146,8 @@ async def get_curve(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Response:
     job = await asyncio.to_thread(jobs.get, job_id)
     content = await asyncio.to_thread(_content, runner.folder_of(job) / CURVE)
     if content is None:
-        raise errors.JobFileNotFound(f"{job_id} is {job.status} and has no learning curve yet")
+        until_now = ": only training beyond a head draws one" if job.status in TERMINAL else " yet"
+        raise errors.JobFileNotFound(f"{job_id} is {job.status} and has no learning curve{until_now}")
     return Response(content, media_type="image/png")
 
 

@@ -457,21 +457,6 @@ def test_the_sdk_raises_what_it_raises_for_openai(sdk: OpenAI, jobs: JobStore) -
         ),
         (
             "GET",
-            "/v1/fine_tuning/jobs/job-0",
-            404,
-            error("there is no job 'job-0'; GET /v1/fine_tuning/jobs lists those that there are", "job_not_found"),
-        ),
-        (
-            "GET",
-            "/v1/fine_tuning/jobs/ftjob-000000000000000000000000/events",
-            404,
-            error(
-                "there is no job 'ftjob-000000000000000000000000'; GET /train lists those that there are",
-                "job_not_found",
-            ),
-        ),
-        (
-            "GET",
             "/v1/fine_tuning/jobs?limit=0",
             422,
             error("query.limit: Input should be greater than or equal to 1", "invalid_parameter", "limit"),
@@ -498,3 +483,27 @@ def test_errors_have_openais_shape_everywhere(
     reply = client.request(method, path)
     assert (reply.status_code, reply.json()) == (status, body)
     assert reply.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("job", ["job-0", f"ftjob-{24 * '0'}"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/{}"),
+        ("GET", "/{}/events"),
+        ("GET", "/{}/checkpoints"),
+        ("POST", "/{}/cancel"),
+        ("POST", "/{}/pause"),
+        ("POST", "/{}/resume"),
+    ],
+)
+def test_a_job_that_does_not_exist(client: TestClient, method: str, path: str, job: str) -> None:
+    reply = client.request(method, "/v1/fine_tuning/jobs" + path.format(job))
+    message = f"there is no job '{job}'; GET /v1/fine_tuning/jobs lists those that there are"
+    assert (reply.status_code, reply.json()) == (404, error(message, "job_not_found"))
+
+
+def test_jobs_behind_one_that_can_not_be(client: TestClient) -> None:
+    reply = client.get("/v1/fine_tuning/jobs?after=job-0")
+    message = "there is no job 'job-0'; GET /v1/fine_tuning/jobs lists those that there are"
+    assert (reply.status_code, reply.json()) == (404, error(message, "job_not_found"))

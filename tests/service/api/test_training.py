@@ -612,6 +612,17 @@ def test_events_that_have_not_come_yet(client: TestClient) -> None:
     }
 
 
+def test_a_job_that_is_over_without_a_learning_curve_will_get_none(client: TestClient, jobs: JobStore) -> None:
+    running = jobs.move(jobs.move(jobs.get(started(client)["id"]), "validating"), "running")
+    job = jobs.move(running, "succeeded", result={"model": "shades", "version": "1"}).id
+    assert problem(client.get(f"/train/{job}/curve.png").json()) == {
+        "title": "The job has no such file here",
+        "status": 404,
+        "detail": f"{job} is succeeded and has no learning curve: only training beyond a head draws one",
+        "code": "job_file_not_found",
+    }
+
+
 STREAM = {"Accept": "text/event-stream"}
 
 
