@@ -85,7 +85,7 @@ async def receive_form(
     The file of the name `archive` is one; any other is a picture of the class that it is named by, if such may come.
     Raises MalformedBody, and what Upload raises.
     """
-    form = _Form(request.headers["content-type"], archive, labelled)
+    form = _Form(request.headers.get("content-type", ""), archive, labelled)
     async for chunk in request.stream():
         for event in form.feed(chunk):
             if event.kind == "data":

@@ -5,8 +5,10 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,10 +156,122 @@ def test_a_form_s_fields_may_come_after_its_file_in_any_portions(client: TestCli
 
 def test_unicode_names_and_pictures_survive(client: TestClient, settings: Settings) -> None:
     files = pictures("猫", "ёж 🦔")
-    body = client.post("/datasets", content=zipped(files), headers=ZIP).json()
-    assert [one["name"] for one in body["classes"]] == ["ёж 🦔", "猫"]
+    added = client.post("/datasets?name=Tiere äöü&model=greys", content=zipped(files), headers=ZIP)
+    body = added.json()
+    assert (added.status_code, body) == (
+        201,
+        {
+            "id": body["id"],
+            "name": "Tiere äöü",
+            "created_at": body["created_at"],
+            "images": 20,
+            "bytes": sum(map(len, files.values())),
+            "divided": False,
+            "classes": [
+                {"name": "ёж 🦔", "images": 10, "train": None, "test": None},
+                {"name": "猫", "images": 10, "train": None, "test": None},
+            ],
+            "rejected": {"count": 0, "by_code": {}, "first": []},
+            "duplicates": EMPTY,
+            "near_duplicates": EMPTY,
+            "contradictions": EMPTY,
+            "base": {"model": "greys", "version": "1", "known": {}, "new": ["ёж 🦔", "猫"], "test_pictures": None},
+            "sizes": {
+                "smallest": {"width": 16, "height": 16},
+                "median": {"width": 16, "height": 16},
+                "largest": {"width": 16, "height": 16},
+                "upscaled": 0,
+            },
+            "polarity": None,
+            "notes": ["greys@1 doesn't remember its test set, so pictures of it can't be told"],
+        },
+    )
     with zipfile.ZipFile(settings.state / "datasets" / body["id"] / "data.zip") as archive:
         assert sorted(archive.read(name) for name in archive.namelist()) == sorted(files.values())
+
+
+def test_the_same_upload_while_it_is_being_deleted(client: TestClient) -> None:
+    """Each request is answered as if it had come before or after each of the others."""
+    content = zipped(PETS)
+    expected = client.post("/datasets?name=pets", content=content, headers=ZIP).json()
+    dataset = expected["id"]
+    with ThreadPoolExecutor(2) as pool:
+        uploads = [
+            pool.submit(client.post, "/datasets?name=pets", content=content, headers=ZIP) for _ in range(UPLOADS)
+        ]
+        deletions = []
+        while not all(upload.done() for upload in uploads):
+            deletions.append(client.delete(f"/datasets/{dataset}"))
+    gone = 0
+    for reply in deletions:
+        if reply.status_code == 204:
+            gone += 1
+            assert reply.content == b""
+            continue
+        assert problem(reply) in (
+            missing(f"there is no data set '{dataset}'; GET /datasets lists those that there are"),
+            missing(f"data set {dataset} was deleted in this moment; send its pictures again if you need it"),
+        )
+    new = 0
+    for upload in uploads:
+        body = upload.result().json()
+        new += upload.result().status_code == 201
+        assert (upload.result().status_code in (200, 201), body) == (
+            True,
+            expected | {"created_at": body["created_at"]},
+        )
+    there = client.get("/datasets").json()["datasets"]
+    assert 1 + new - gone == len(there)
+    assert gone > 1
+
+
+UPLOADS = 8
+
+
+def missing(detail: str) -> dict[str, Any]:
+    return {"title": "No such data set", "status": 404, "detail": detail, "code": "dataset_not_found"}
+
+
+# --- a bad disk -------------------------------------------------------------------------------------------------------
+
+FULL = {
+    "title": "The disk is full",
+    "status": 507,
+    "detail": "there is no room for this data set in the state folder; delete data sets that nobody needs, or let "
+    "SAFELIGHT_STATE be on a larger disk",
+    "code": "disk_full",
+}
+UNWRITABLE = {
+    "title": "The state folder can't be written",
+    "status": 503,
+    "detail": "the state folder can't be written: Read-only file system; see to SAFELIGHT_STATE's owner and rights",
+    "code": "state_unwritable",
+}
+
+
+@pytest.mark.parametrize("size", [3_000_000, 1_200_000], ids=["while-receiving", "while-checking"])
+def test_a_full_disk(settings: Settings, small_disk: Callable[[Path, str], Path], size: int) -> None:
+    small_disk(settings.state / "datasets", "2m")
+    content = zipped({name: content + bytes(size // 20) for name, content in PETS.items()})
+    with application(settings) as client:
+        assert problem(client.post("/datasets", content=content, headers=ZIP)) == FULL
+        form = {"files": {"dataset": ("pets.zip", content)}, "data": {"model": "greys", "name": "pets"}}
+        assert problem(client.post("/train", **form)) == FULL
+        assert client.get("/train").json() == {"jobs": [], "has_more": False}
+        assert client.post("/datasets", content=zipped(PETS), headers=ZIP).status_code == 201  # there is room for it
+
+
+def test_a_state_folder_that_can_not_be_written(
+    client: TestClient, settings: Settings, read_only: Callable[[Path], Path]
+) -> None:
+    dataset = client.post("/datasets", content=zipped(PETS), headers=ZIP).json()
+    read_only(settings.state / "datasets")
+    assert problem(client.post("/datasets", content=zipped(PETS), headers=ZIP)) == UNWRITABLE
+    form = {"files": {"dataset": ("pets.zip", zipped(PETS))}, "data": {"model": "greys", "name": "pets"}}
+    assert problem(client.post("/train", **form)) == UNWRITABLE
+    assert problem(client.delete(f"/datasets/{dataset['id']}")) == UNWRITABLE
+    assert client.get(f"/datasets/{dataset['id']}").json() == dataset
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
 
 
 # --- bad archives -----------------------------------------------------------------------------------------------------

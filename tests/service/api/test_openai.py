@@ -124,6 +124,13 @@ def test_a_file_of_another_name_is_refused(client: TestClient) -> None:
     assert (reply.status_code, reply.json()) == (400, error(message, "malformed_body"))
 
 
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/json"}])
+def test_what_is_no_form_is_refused(client: TestClient, headers: dict[str, str]) -> None:
+    reply = client.post("/v1/files", content=b"PK", headers=headers)
+    message = "the multipart body can't be read: its content type names no boundary"
+    assert (reply.status_code, reply.json()) == (400, error(message, "malformed_body"))
+
+
 # --- starting a job ---
 
 

@@ -8,6 +8,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -136,6 +137,21 @@ def test_what_does_not_exist_is_refused(
     body = problem(reply.json())
     assert (reply.status_code, body["code"], body["detail"]) == (status, code, detail)
     assert client.get("/train").json()["jobs"] == []
+
+
+def test_an_unknown_base_model(client: TestClient) -> None:
+    for reply in (
+        client.post("/train", json=SHADES | {"model": "none"}),
+        sent(client, archive("dark", "light"), model="none", name="pets"),
+    ):
+        assert problem(reply.json()) == {
+            "title": "No such model",
+            "status": 404,
+            "detail": "there is no model 'none'; there is greys",
+            "code": "model_not_found",
+        }
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert client.get("/datasets").json() == {"datasets": []}
 
 
 def test_a_recipe_override_that_does_not_exist(client: TestClient) -> None:
@@ -395,6 +411,45 @@ def test_a_data_set_that_is_deleted_just_before_its_job_is_made(
     assert sent(client, archive("dark", "light"), "k", model="greys", name="pets").status_code == 202
 
 
+def test_the_same_archive_comes_again_and_again_while_its_data_set_is_being_deleted(client: TestClient) -> None:
+    content = archive("dark", "light")
+    dataset = client.post("/datasets", files={"dataset": ("pets.zip", content)}).json()["id"]
+    gone = f"data set {dataset} was deleted in this moment; send its pictures again if you need it"
+    none = f"there is no data set '{dataset}'; GET /datasets lists those that there are"
+    used = f"data set {dataset} is used by a job; wait for it, or cancel it first"
+    missing = {"title": "No such data set", "status": 404, "code": "dataset_not_found"}
+    in_use = {"title": "A job uses the data set", "status": 409, "code": "dataset_in_use"}
+
+    def train(_: int) -> bool:
+        """A job that was accepted has its data set for as long as it isn't over."""
+        reply = sent(client, content, model="greys", name="pets")
+        if reply.status_code != 202:
+            assert problem(reply.json()) == missing | {"detail": gone}
+            return False
+        job = reply.json()
+        fixed = {"model": "greys", "version": "1", "name": "pets", "dataset": dataset, "status": "queued"}
+        assert {name: job[name] for name in fixed} == fixed
+        assert client.get(f"/datasets/{dataset}").status_code == 200
+        assert client.post(f"/train/{job['id']}/cancel").json()["status"] == "cancelled"
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(train, number) for number in range(8)]
+        deletions = []
+        while not all(one.done() for one in asked):
+            deletions.append(client.delete(f"/datasets/{dataset}"))
+    accepted = sum(one.result() for one in asked)
+    assert len(client.get("/train?limit=100").json()["jobs"]) == accepted
+    for reply in deletions:
+        if reply.status_code != 204:
+            assert problem(reply.json()) in (
+                missing | {"detail": none},
+                missing | {"detail": gone},
+                in_use | {"detail": used},
+            )
+    assert 204 in {reply.status_code for reply in deletions}
+
+
 def test_a_client_that_leaves_while_its_archive_is_checked_starts_no_job(
     client: TestClient, settings: Settings
 ) -> None:
@@ -560,6 +615,18 @@ def test_resuming_a_job_that_is_not_paused(client: TestClient) -> None:
         "code": "job_state_conflict",
         "job_status": "queued",
     }
+
+
+def test_resuming_a_job_that_runs(client: TestClient, jobs: JobStore) -> None:
+    job = jobs.move(jobs.move(jobs.get(started(client)["id"]), "validating"), "running")
+    assert problem(client.post(f"/train/{job.id}/resume").json()) == {
+        "title": "Not possible in the state that the job is in",
+        "status": 409,
+        "detail": f"{job.id} is running; only a paused job can be resumed",
+        "code": "job_state_conflict",
+        "job_status": "running",
+    }
+    assert client.get(f"/train/{job.id}").json() == job.model_dump(mode="json")
 
 
 # --- what its run has told ---
