@@ -449,7 +449,7 @@ class Registry:
             self._device,
             max_batch=self.limits.max_batch,
             queue_size=self.limits.queue_size,
-            seconds_per_image=loaded.seconds_per_image,
+            seconds_per_image=loaded.seconds_per_image(self.limits.max_batch),
             meter=_Meter(ref),
         )
         return Predictor(
