@@ -41,6 +41,7 @@ class Seen:
     begun: bool = False  # it listens to signals
     training: bool = False  # its data is checked
     held: bool = False
+    interrupted: bool = False  # it has heard that it is to end, and all that it keeps is on the disk
     checkpoint: int = -1  # the step of the last one
     progress: Progress | None = None
     end: events.Decided | events.Failed | None = None
@@ -61,6 +62,8 @@ class Seen:
                     self.checkpoint = event.step
                 case events.Held():
                     self.held = True
+                case events.Interrupted():
+                    self.interrupted = True
                 case events.Decided() | events.Failed():
                     self.end = event
             self.begun = True
@@ -159,7 +162,8 @@ class Sitting:
         if self.held_at is not None and now > self.held_at + self._hold_seconds:
             self.stop()
         self.overdue = self.overdue or (self.held_at is None and now > self._deadline)
-        if self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
+        ended = self._stopping and self.seen.interrupted  # torch would need a second to take itself down
+        if ended or self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
             child.kill()
 
     async def _follow(self) -> None:

@@ -7,8 +7,8 @@ import signal
 import struct
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from datetime import datetime
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 ROWS = {"builtin": "mnist", "limit": 400}  # what `data` puts in the place of MNIST
 QUICK = {"depth": "head"}  # only starting the process takes long
 LONG = {"depth": "full", "epochs": 1000}
+
+EFFECT_SECONDS = 2.0  # from the end of a step to the effect of what was asked in it
 
 
 def row(digit: int, generator: np.random.Generator) -> np.ndarray:
@@ -71,6 +73,16 @@ def told(state: Path, job: str, event: str) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
     return [line for line in found if line["event"] == event]
+
+
+def at(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event["at"]).timestamp()
+
+
+def since_the_step(state: Path, job: str, asked: float) -> float:
+    """Seconds by now since the end of the step in which something was asked; since then where there was no step."""
+    ends = [end for end in map(at, told(state, job, "progress")) if end >= asked]
+    return time.time() - min(ends, default=asked)
 
 
 def child_of(state: Path, job: str) -> int | None:
@@ -117,8 +129,10 @@ def test_one_request_makes_a_version_that_answers_once_its_job_has_succeeded(
 
 
 def events(server: Server, job: str) -> list[str]:
-    headers = {"Accept": "text/event-stream"}
-    return httpx.get(f"{server.url}/train/{job}/events", headers=headers, timeout=120).text.strip().split("\n\n")
+    return httpx.get(f"{server.url}/train/{job}/events", headers=STREAM, timeout=120).text.strip().split("\n\n")
+
+
+STREAM = {"Accept": "text/event-stream"}
 
 
 def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(
@@ -132,25 +146,26 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(
         curve = httpx.get(f"{server.url}/train/{job}/curve.png")
         assert (curve.headers["content-type"], curve.content[:4]) == ("image/png", b"\x89PNG")
 
-        asked = time.monotonic()
+        asked = time.time()
         assert safelight.pause(job).wanted == "pause"
-        until(lambda: safelight.job(job).status == "paused", 5)
-        assert time.monotonic() - asked < 4
+        until(lambda: safelight.job(job).status == "paused")
+        assert since_the_step(state, job, asked) < EFFECT_SECONDS
         step = told(state, job, "progress")[-1]["step"]
         assert len(told(state, job, "held")) == 1
 
-        asked = time.monotonic()
+        asked = time.time()
         assert safelight.resume(job).status == "queued"
-        until(lambda: safelight.job(job).status in ("validating", "running"), 2)
+        until(lambda: safelight.job(job).status in ("validating", "running"))
+        (released,) = until(lambda: told(state, job, "released"))
+        assert at(released) - asked < EFFECT_SECONDS
         until(lambda: told(state, job, "progress")[-1]["step"] > step)
-        assert time.monotonic() - asked < 4
         assert step + 1 in [event["step"] for event in told(state, job, "progress")]
 
-        asked = time.monotonic()
+        asked = time.time()
         assert safelight.cancel(job).wanted == "cancel"
-        until(lambda: safelight.job(job).status == "cancelled", 5)
-        assert time.monotonic() - asked < 4
-        until(lambda: not (state / "jobs" / job / "checkpoint.pt").exists(), 5)
+        until(lambda: safelight.job(job).status == "cancelled")
+        assert since_the_step(state, job, asked) < EFFECT_SECONDS
+        until(lambda: not (state / "jobs" / job / "checkpoint.pt").exists())
     assert processes(tmp_path) == []
     assert not (tiny / "rows").exists()
 
@@ -162,13 +177,11 @@ def test_when_the_service_is_stopped_its_jobs_wait_and_go_on_with_the_next_one(
     with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
         job = safelight.train(ROWS, model="tiny", name="rows", recipe=LONG).id
         until(lambda: told(state, job, "progress"))
-        with ThreadPoolExecutor(1) as pool:
-            watching = pool.submit(events, server, job)
-            time.sleep(1)
-            begun = time.monotonic()
+        with httpx.stream("GET", f"{server.url}/train/{job}/events", headers=STREAM, timeout=60) as watching:
+            lines = watching.iter_lines()
+            assert next(lines) == "event: validated"
             assert server.stop() == 0
-            assert time.monotonic() - begun < 8
-            assert watching.result()[0].startswith("event: validated\n")
+            assert "event: end" not in list(lines)
         assert processes(tmp_path) == []
         assert "Traceback" not in server.log.read_text()
     with closing(open_store(state)) as jobs:
@@ -177,7 +190,7 @@ def test_when_the_service_is_stopped_its_jobs_wait_and_go_on_with_the_next_one(
     with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
         until(lambda: told(state, job, "progress")[-1]["step"] > interrupted["step"])
         assert safelight.cancel(job).status == "running"
-        assert safelight.wait(job, timeout=10).status == "cancelled"
+        assert safelight.wait(job, timeout=60).status == "cancelled"
 
 
 def test_of_several_workers_one_does_the_jobs_and_another_takes_over_when_it_dies(
@@ -198,7 +211,7 @@ def test_of_several_workers_one_does_the_jobs_and_another_takes_over_when_it_die
             with Client(server.url) as another:
                 assert another.job(job).id == job
         safelight.cancel(job)
-        assert safelight.wait(job, timeout=10).status == "cancelled"
+        assert safelight.wait(job, timeout=60).status == "cancelled"
         assert server.stop() == 0
     assert processes(tmp_path) == []
 
@@ -320,10 +333,10 @@ def test_a_job_whose_service_is_killed_while_it_is_held_is_still_paused_and_goes
         held = safelight.train(ROWS, model="tiny", name="held", recipe=recipe).id
         until(lambda: told(state, held, "progress"))
         safelight.pause(held)
-        until(lambda: safelight.job(held).status == "paused", 5)
+        until(lambda: safelight.job(held).status == "paused")
         assert child_of(state, held) is not None
         server.process.kill()
-        until(lambda: child_of(state, held) is None, 10)
+        until(lambda: child_of(state, held) is None)
     assert processes(tmp_path) == []
     with serving(tiny, tmp_path, **settings) as server, Client(server.url) as safelight:
         assert safelight.job(held).status == "paused"

@@ -408,6 +408,27 @@ def test_a_process_that_does_not_listen_is_ended(shop: Workshop, ask: str) -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("ask", ["pause", "cancel"])
+def test_a_process_that_has_stopped_is_not_waited_for_until_it_is_gone_by_itself(shop: Workshop, ask: str) -> None:
+    async def main() -> None:
+        plain, job = shop.queue(steps=100, pause=0), shop.queue(steps=100, linger=60)
+        async with shop.runner(grace_seconds=60.0, hold_seconds=0.0).working() as runner:
+            await shop.until(plain, "succeeded")
+            expected = shop.weights()
+            await shop.at_step(job, 3)
+            getattr(shop.jobs, ask)(job.id)
+            runner.wake()
+            await shop.until(job, {"pause": "paused", "cancel": "cancelled"}[ask])
+            assert not any(map(alive, shop.pids(job)))
+            assert json.loads(shop.events(job).splitlines()[-1])["event"] == "interrupted"
+            if ask == "pause":
+                shop.resume(runner, job)
+                await shop.until(job, "succeeded")
+                assert shop.weights() == expected
+
+    asyncio.run(main())
+
+
 @in_loop
 async def test_what_is_asked_in_another_process_takes_effect_too(shop: Workshop) -> None:
     job = shop.queue(steps=10_000)
@@ -679,7 +700,7 @@ async def test_a_run_that_had_failed_when_its_service_died_has_failed(shop: Work
 @in_loop
 async def test_a_job_with_a_long_history_is_gone_on_with_while_the_event_loop_serves(shop: Workshop) -> None:
     told = {"event": "checkpointed", "at": "2026-01-01T00:00:00Z", "step": 3, "path": "/somewhere"}
-    job = left_behind(shop, *[told] * 100_000)
+    job = left_behind(shop, *[told] * 50_000)
     shop.jobs.move(shop.jobs.get(job.id), "queued")
     begun = time.thread_time()
     parse(shop.events(job).encode().splitlines())

@@ -16,7 +16,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-DEFAULTS = {"steps": 5, "pause": 0.02, "checking": 0.0, "deaf": False, "die_at": None, "fail_at": None, "exit_at": None}
+DEFAULTS = {"steps": 5, "pause": 0.02, "checking": 0.0, "deaf": False, "linger": 0.0}
+DEFAULTS |= {"die_at": None, "fail_at": None, "exit_at": None}
 
 
 def main() -> int:
@@ -110,6 +111,7 @@ def train(
     while (step := state["step"]) < steps:
         if asked.is_set():
             tell("interrupted", step=step)
+            time.sleep(settings["linger"])
             return 130
         if time.monotonic() - begun - sum(held) > options.deadline_seconds and not settings["deaf"]:
             return fail(tell, "deadline_passed", "it took too long")
