@@ -136,7 +136,7 @@ async def config(
 async def model_ready(registry: RegistryDep, model: str, version: str | None = None) -> JSONResponse:
     """Whether a version would answer: 200, 503 with the reason, or 404."""
     try:
-        await registry.asked(model, version)
+        registry.entry(model, version)
     except (errors.VersionRefused, errors.NothingActive, errors.NotReady, errors.ModelUnloaded) as error:
         return JSONResponse({"name": model, "ready": False, "error": str(error)}, 503)
     return JSONResponse({"name": model, "ready": True})
