@@ -143,7 +143,7 @@ async def model_ready(registry: RegistryDep, model: str, version: str | None = N
 
 
 async def _manifest(registry: Registry, model: str, version: str | None) -> Manifest:
-    entry = registry.entry(model, version)
+    entry = await registry.asked(model, version)
     return entry.manifest or (await registry.predictor(entry)).manifest
 
 
@@ -253,10 +253,11 @@ async def infer(request: Request) -> Response:
     settings: Settings = request.state.settings
     registry: Registry = request.state.registry
     path = request.path_params
-    entry = registry.entry(path["model"], path.get("version"))
+    deadline = asyncio.get_running_loop().time() + settings.deadline_seconds
+    entry = await registry.asked(path["model"], path.get("version"), deadline)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
     if entry.predictor:
-        entry.predictor.check_room(asyncio.get_running_loop().time() + settings.deadline_seconds)
+        entry.predictor.check_room(deadline)
     body = await _body(request, settings.max_body_bytes)
     message = await while_connected(request, _infer(request, registry, entry, body, settings))
     return _reply(request, message)

@@ -43,7 +43,7 @@ async def list_models(registry: RegistryDep) -> dict[str, Any]:
 @router.get("/{model}")
 async def get_model(registry: RegistryDep, model: str) -> dict[str, Any]:
     """One model, for both; 404, 409 or 503 where it doesn't answer."""
-    manifest = (await registry.predictor(registry.entry(model, None))).manifest
+    manifest = (await registry.predictor(await registry.asked(model, None))).manifest
     about = {"id": model, "object": "model", "created": round(manifest.created_at.timestamp()), "owned_by": "safelight"}
     return about | {"name": model, "ready": True}
 
@@ -57,7 +57,7 @@ async def predict(request: Request, registry: RegistryDep, settings: SettingsDep
         first = error.errors(include_url=False)[0]
         raise errors.MalformedBody(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error
     deadline = asyncio.get_running_loop().time() + settings.deadline_seconds
-    entry = registry.entry(model, None)
+    entry = await registry.asked(model, None, deadline)
     manifest = (await registry.predictor(entry, deadline)).manifest
     pictures = await asyncio.to_thread(_pictures, instances, manifest.input, settings.max_images)
     _, answered = await while_connected(request, answer(registry, entry, pictures, None, deadline))

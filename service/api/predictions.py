@@ -107,7 +107,7 @@ async def predict(request: Request) -> Response:
     clock = asyncio.get_running_loop().time
     allowed = settings.deadline_seconds
     seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
-    entry = registry.entry(question.model, question.version)
+    entry = await registry.asked(question.model, question.version, clock() + seconds)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
     if entry.predictor:
         entry.predictor.check_room(clock() + seconds)

@@ -37,9 +37,17 @@ class Seen:
     begun: bool = False  # it listens to signals
     training: bool = False  # its data is checked
     held: bool = False
+    interrupted: bool = False  # it has heard that it is to end, and all that it keeps is on the disk
     checkpoint: int = -1  # the step of the last one
     progress: Progress | None = None
     end: events.Decided | events.Failed | None = None
+
+    @classmethod
+    def read(cls, tail: history.Tail) -> "Seen":
+        """What the events say that have come since."""
+        seen = cls()
+        seen.take_in(history.parse(tail.read()))
+        return seen
 
     def take_in(self, found: list[Event]) -> None:
         for event in found:
@@ -50,6 +58,8 @@ class Seen:
                     self.checkpoint = event.step
                 case events.Held():
                     self.held = True
+                case events.Interrupted():
+                    self.interrupted = True
                 case events.Decided() | events.Failed():
                     self.end = event
             self.begun = True
@@ -67,12 +77,15 @@ class Sitting:
         grace_seconds: float,
         hold_seconds: float,
     ) -> None:
-        """The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
+        """Reads what the sittings before have told, which takes a while: call it in a thread.
+
+        The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
 
         Paused, it is held for `hold_seconds`, then it ends.
         """
+        self._tail = history.Tail(folder / history.EVENTS)
         self.job = job
-        self.seen = Seen(checkpoint=read_all(folder).checkpoint)  # of the sittings before
+        self.seen = Seen(checkpoint=Seen.read(self._tail).checkpoint)  # of the sittings before
         self.asked_at: float | None = None  # to stop or to wait
         self.held_at: float | None = None  # the job is paused, and the process waits
         self.overdue = False
@@ -87,8 +100,6 @@ class Sitting:
         self._deadline = self._begun + allowed_seconds + grace_seconds
         self._child: Child | None = None
         self._memory_kills = out_of_memory_kills()
-        self._tail = history.Tail(folder / history.EVENTS)
-        self._tail.read()
 
     @property
     def is_idle(self) -> bool:
@@ -147,7 +158,8 @@ class Sitting:
         if self.held_at is not None and now > self.held_at + self._hold_seconds:
             self.stop()
         self.overdue = self.overdue or (self.held_at is None and now > self._deadline)
-        if self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
+        ended = self._stopping and self.seen.interrupted  # torch would need a second to take itself down
+        if ended or self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
             child.kill()
 
     async def _follow(self) -> None:
@@ -167,11 +179,15 @@ class Sitting:
 
     async def _note_held(self) -> None:
         """The process waits; its job is paused from now on, unless something else is wanted meanwhile."""
-        if (await asyncio.to_thread(self._jobs.get, self.job.id)).wanted != "pause":
+        job = await asyncio.to_thread(self._jobs.get, self.job.id)
+        if job.wanted != "pause":
             self.stop()
             return
         held_at = time.monotonic()
-        self.job = await asyncio.to_thread(self._jobs.move, self.job, "paused", **self._notes())
+        try:
+            self.job = await asyncio.to_thread(self._jobs.move, job, "paused", **self._notes())
+        except JobMoved:  # it was cancelled between the two, which the next look finds
+            return
         self.held_at, self.asked_at = held_at, None
 
     async def _go_on(self, child: Child, held_at: float) -> None:
@@ -242,13 +258,6 @@ class Sitting:
 
     def _memory_ran_out(self) -> bool:
         return events.WANT_OF_MEMORY.search(log_end(self._folder)) is not None
-
-
-def read_all(folder: Path) -> Seen:
-    """What all of a run's events say."""
-    seen = Seen()
-    seen.take_in(history.parse(history.Tail(folder / history.EVENTS).read()))
-    return seen
 
 
 def told(job: Job, end: events.Decided | events.Failed | None) -> Ending | None:

@@ -16,7 +16,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-DEFAULTS = {"steps": 5, "pause": 0.02, "checking": 0.0, "deaf": False, "words": "no idea"}
+DEFAULTS = {"steps": 5, "pause": 0.02, "checking": 0.0, "deaf": False, "words": "no idea", "linger": 0.0}
 DEFAULTS |= dict.fromkeys(("die_at", "fail_at", "exit_at", "abort_at"))
 
 
@@ -111,6 +111,7 @@ def train(
     while (step := state["step"]) < steps:
         if asked.is_set():
             tell("interrupted", step=step)
+            time.sleep(settings["linger"])
             return 130
         if time.monotonic() - begun - sum(held) > options.deadline_seconds and not settings["deaf"]:
             return fail(tell, "deadline_passed", "it took too long")
