@@ -31,6 +31,7 @@ from training.bundle.manifest import Manifest
 
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
 HEAD_BYTES = "inference-header-content-length"
+CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
 COMPRESS_FROM = 500  # bytes of an answer
 ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's window bits
 
@@ -90,18 +91,15 @@ async def statistics(registry: RegistryDep, model: str, version: str | None = No
 @router.get("/v2/models/{model}")
 @router.get("/v2/models/{model}/versions/{version}")
 async def metadata(registry: RegistryDep, model: str, version: str | None = None) -> dict[str, Any]:
-    """Versions, inputs and outputs. A request has one of the two inputs."""
+    """Versions, inputs and outputs. A request needs one of the two inputs."""
     manifest = await _manifest(registry, model, version)
     versions = [number for number, entry in registry.line(model).entries.items() if entry.state != "refused"]
-    classes = len(manifest.classes)
-    pixels = {"name": tensors.PIXELS, "datatype": "UINT8", "shape": [-1, *manifest.input.shape]}
-    pictures = {"name": tensors.PICTURES, "datatype": "BYTES", "shape": [-1]}
-    outputs = [
-        {"name": name, "datatype": kind, "shape": [-1] if name == tensors.LABEL else [-1, classes]}
-        for name, kind in tensors.OUTPUT_TYPES.items()
-    ]
+    inputs, outputs = (
+        [{"name": one.name, "datatype": one.datatype, "shape": [-1, *one.shape]} for one in described]
+        for described in (tensors.inputs(manifest), tensors.outputs(manifest))
+    )
     about = {"name": model, "versions": versions, "platform": "pytorch_torchscript"}
-    return about | {"inputs": [pixels, pictures], "outputs": outputs}
+    return about | {"inputs": inputs, "outputs": outputs}
 
 
 @router.get("/v2/models/{model}/config")
@@ -111,21 +109,16 @@ async def config(
 ) -> dict[str, Any]:
     """The model's configuration in Triton's words."""
     manifest = await _manifest(registry, model, version)
-    pixels = {"name": tensors.PIXELS, "data_type": "TYPE_UINT8", "dims": manifest.input.shape, "optional": True}
-    pictures = {"name": tensors.PICTURES, "data_type": "TYPE_STRING", "dims": [1], "optional": True}
-    classes = len(manifest.classes)
-    outputs = [
-        {"name": name, "data_type": "TYPE_STRING", "dims": [1]}
-        if name == tensors.LABEL
-        else {"name": name, "data_type": "TYPE_FP32", "dims": [classes]}
-        for name in tensors.OUTPUT_TYPES
-    ]
+    inputs, outputs = (
+        [{"name": one.name, "data_type": CONFIG_TYPES[one.datatype], "dims": one.shape} for one in described]
+        for described in (tensors.inputs(manifest), tensors.outputs(manifest))
+    )
     return {
         "name": model,
         "platform": "pytorch_torchscript",
         "backend": "pytorch",
         "max_batch_size": settings.max_images,
-        "input": [pixels, pictures],
+        "input": [one | {"optional": True} for one in inputs],
         "output": outputs,
         "dynamic_batching": {"preferred_batch_size": [settings.max_batch], "max_queue_delay_microseconds": 0},
     }

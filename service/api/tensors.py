@@ -23,7 +23,7 @@ from training.bundle.answers import Row
 from training.bundle.images import Pixels
 from training.bundle.manifest import InputSpec, Manifest
 
-PIXELS, PICTURES = "pixels", "pictures"  # the inputs; a request has one of them
+PIXELS, PICTURES = "pixels", "pictures"  # the inputs; of a request that has both, pixels are read
 PROBABILITIES, LOGITS, LABEL = "probabilities", "logits", "label"  # the outputs; all of them where none is named
 
 PIXEL_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("<u1"), "FP32": np.dtype("<f4")}
@@ -75,11 +75,34 @@ class Question(BaseModel):
 
 
 @dataclass(frozen=True)
+class Described:
+    """An input or output as the model's metadata has it; `shape` is of one picture."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+@dataclass(frozen=True)
 class Message:
     """`head_bytes`: how much of the body is JSON, where tensors follow it."""
 
     body: bytes
     head_bytes: int | None
+
+
+# --- what there is ---
+
+
+def inputs(manifest: Manifest) -> list[Described]:
+    return [Described(PIXELS, "UINT8", list(manifest.input.shape)), Described(PICTURES, "BYTES", [1])]
+
+
+def outputs(manifest: Manifest) -> list[Described]:
+    return [
+        Described(name, datatype, [1] if name == LABEL else [len(manifest.classes)])
+        for name, datatype in OUTPUT_TYPES.items()
+    ]
 
 
 # --- from bytes to pictures ---
@@ -100,18 +123,15 @@ def read(body: bytes, head_bytes: int | None, spec: InputSpec, max_images: int) 
 
 
 def pictures_of(question: Question, behind: bytes, spec: InputSpec, max_images: int) -> list[Picture]:
-    """The one input; `behind` is what follows the JSON. Raises TensorInvalid, NoImages, TooManyImages."""
-    tensor = _only(question.inputs)
+    """What the input holds; `behind` is what follows the JSON. Raises TensorInvalid, NoImages, TooManyImages."""
+    tensor = _chosen(question.inputs)
     _check_parameters(question)
-    if (tensor.size or 0) != len(behind):
-        raise TensorInvalid(
-            f"input {tensor.name!r} has a binary_data_size of {tensor.size or 0}; {len(behind)} bytes follow the JSON"
-        )
+    part = _part_of(tensor, question.inputs, behind)
     if tensor.size is None and tensor.data is None:
         raise TensorInvalid(f"input {tensor.name!r} has no data: neither `data` nor a binary_data_size")
     if tensor.name == PIXELS:
-        return list(_pixels(tensor, behind, spec, max_images))
-    return _pictures(tensor, behind, max_images)
+        return list(_pixels(tensor, part, spec, max_images))
+    return _pictures(tensor, part, max_images)
 
 
 def _parse(head: bytes) -> Question:
@@ -123,11 +143,24 @@ def _parse(head: bytes) -> Question:
         raise MalformedBody(f"{where}: {first['msg']}") from error
 
 
-def _only(inputs: list[Input]) -> Input:
-    names = [tensor.name[:80] for tensor in inputs]
-    if len(names) != 1 or names[0] not in (PIXELS, PICTURES):
-        raise TensorInvalid(f"a request has one input, {PIXELS!r} or {PICTURES!r}; this one has {names}")
-    return inputs[0]
+def _chosen(sent: list[Input]) -> Input:
+    """The one to read. A client that fills whatever the metadata names, as perf_analyzer does, has filled both."""
+    names = [tensor.name for tensor in sent]
+    if len(set(names)) < len(names) or not set(names) <= {PIXELS, PICTURES}:
+        found = [name[:80] for name in names[:10]]
+        raise TensorInvalid(f"a request has one input, {PIXELS!r} or {PICTURES!r}; this one has {found}")
+    return next((tensor for tensor in sent if tensor.name == PIXELS), sent[0])
+
+
+def _part_of(tensor: Input, sent: list[Input], behind: bytes) -> bytes:
+    """Its bytes of those behind the JSON, where the inputs lie in their order."""
+    sizes = [one.size or 0 for one in sent]
+    if sum(sizes) != len(behind):
+        told = " and ".join(f"{size} of {one.name!r}" for one, size in zip(sent, sizes, strict=True))
+        raise TensorInvalid(f"{len(behind)} bytes follow the JSON; by binary_data_size there should be {told}")
+    place = sent.index(tensor)
+    start = sum(sizes[:place])
+    return behind[start : start + sizes[place]]
 
 
 def _check_parameters(question: Question) -> None:
@@ -272,7 +305,7 @@ def _output(wanted: Output, rows: Sequence[Row]) -> tuple[dict[str, Any], NDArra
         return _describe(wanted.name, "BYTES", [len(rows), len(texts) // len(rows)]), texts
     if wanted.name == LABEL:
         labels = [ranking.classes[ranking.order[row, 0]].encode() for ranking, row in rows]
-        return _describe(LABEL, "BYTES", [len(rows)]), labels
+        return _describe(LABEL, "BYTES", [len(rows), 1]), labels
     values = np.stack([_values(wanted.name, row) for row in rows])  # [N, K]
     return _describe(wanted.name, "FP32", list(values.shape)), values
 

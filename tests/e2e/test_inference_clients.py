@@ -15,7 +15,7 @@ import pytest
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from openai import OpenAI
 from tritonclient import http as triton
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
 from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade
 
@@ -68,6 +68,10 @@ def test_tritonclient_finds_what_is_there(client: triton.InferenceServerClient) 
     for described, configured in zip(metadata["inputs"], config["input"], strict=True):
         assert described["name"] == configured["name"]
     assert [output["name"] for output in config["output"]] == [output["name"] for output in metadata["outputs"]]
+    for described, configured in zip(
+        metadata["inputs"] + metadata["outputs"], config["input"] + config["output"], strict=True
+    ):
+        assert described["shape"] == [-1, *configured["dims"]]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float32", "pictures"])
@@ -88,7 +92,8 @@ def test_tritonclient_gets_the_same_bytes_whatever_the_form(client: triton.Infer
             response_compression_algorithm=back,
         )
         assert result.as_numpy("logits").tobytes() == expected.tobytes()
-        assert [_text(label) for label in result.as_numpy("label")] == [GREYS[level] for level in LEVELS]
+        assert result.as_numpy("label").shape == (3, 1)
+        assert [_text(label) for label in result.as_numpy("label").ravel()] == [GREYS[level] for level in LEVELS]
         assert result.get_response()["id"] == "7"
     assert expected.argmax(1).tolist() == list(LEVELS)
 
@@ -163,8 +168,7 @@ def test_tritonclient_loads_and_unloads(client: triton.InferenceServerClient) ->
 
 
 def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) -> None:
-    """As perf_analyzer does it: a window of requests under way, and the server's own statistics before and after. Those
-    of two pictures each are a batch at least, whoever comes beside them."""
+    """Those of two pictures each are a batch at least, whoever comes beside them."""
     url = server.url.removeprefix("http://")
     with triton.InferenceServerClient(url, concurrency=16) as client:
 
@@ -188,6 +192,92 @@ def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) ->
     assert (images, success["count"]) == (640, 320)
     assert 10 <= batches <= 320
     assert success["ns"] > 0
+
+
+# --- perf_analyzer, as far as a client in Python can stand in for it ---
+
+Counts = dict[str, int]
+
+
+class PerfAnalyzer:
+    """Its steps, from its source: read metadata and configuration, make an input of each that is named there, keep some
+    requests under way, and look at the statistics before and after."""
+
+    def __init__(self, client: triton.InferenceServerClient, model: str, batch: int = 1) -> None:
+        self.client, self.model = client, model
+        metadata, config = client.get_model_metadata(model), client.get_model_config(model)
+        assert "statistics" in client.get_server_metadata()["extensions"]
+        assert batch <= config["max_batch_size"] > 0
+        self.optional = {one["name"] for one in config["input"] if one.get("optional", False)}
+        self.types = {one["name"]: one["datatype"] for one in metadata["inputs"]}
+        self.shapes = {one["name"]: [batch, *one["shape"][1:]] for one in metadata["inputs"]}  # the first is the batch
+        for name, shape in self.shapes.items():
+            assert len(shape) > 1, f"unable to set shape for the input {name}"
+            assert -1 not in shape, f"input {name} contains dynamic shape"
+        self.outputs = [triton.InferRequestedOutput(one["name"]) for one in metadata["outputs"]]
+
+    def inputs(self, data: dict[str, np.ndarray] | None = None) -> list[triton.InferInput]:
+        """By default random bytes and strings for all of them; with `data` what that has, and those must be enough."""
+        if data is None:
+            random = np.random.default_rng(0)
+            data = {
+                name: np.full(shape, "x" * 128, np.object_)
+                if self.types[name] == "BYTES"
+                else random.integers(0, 256, shape, triton_to_np_dtype(self.types[name]))
+                for name, shape in self.shapes.items()
+            }
+        assert self.shapes.keys() - data.keys() <= self.optional
+        made = []
+        for name, values in sorted(data.items()):
+            made.append(triton.InferInput(name, self.shapes[name], self.types[name]).set_data_from_numpy(values))
+        return made
+
+    def counts(self) -> Counts:
+        """Of the version that has answered most; several at once, and it only warns."""
+        found = self.client.get_inference_statistics(self.model)["model_stats"]
+        most = max(found, key=lambda one: one["inference_stats"]["queue"]["count"])
+        stages = {name: figures["count"] for name, figures in most["inference_stats"].items()}
+        return {name: most[name] for name in ("inference_count", "execution_count")} | stages
+
+    def run(self, requests: int, inputs: list[triton.InferInput]) -> Counts:
+        """What the statistics grew by. It ends with an error where the three parts of computing differ in number."""
+        before = self.counts()
+        waiting = [
+            self.client.async_infer(self.model, inputs, outputs=self.outputs, request_id=str(number))
+            for number in range(requests)
+        ]
+        for request in waiting:
+            assert request.get_result().as_numpy("probabilities").sum(1) == pytest.approx(1)
+        grown = {name: count - before[name] for name, count in self.counts().items()}
+        assert grown["compute_input"] == grown["compute_infer"] == grown["compute_output"]
+        return grown
+
+
+@pytest.fixture
+def busy_client(server: Server) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server.url.removeprefix("http://"), concurrency=16) as client:
+        yield client
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_perf_analyzer_s_default_mode_fills_every_input_and_is_answered(
+    busy_client: triton.InferenceServerClient, batch: int
+) -> None:
+    analyzer = PerfAnalyzer(busy_client, "greys", batch)
+    inputs = analyzer.inputs()
+    assert [tensor.name() for tensor in inputs] == ["pictures", "pixels"]
+    grown = analyzer.run(32, inputs)
+    assert (grown["inference_count"], grown["success"], grown["queue"], grown["fail"]) == (32 * batch, 32, 32, 0)
+    assert 1 <= grown["execution_count"] <= 32
+    pixels = next(tensor for tensor in inputs if tensor.name() == "pixels")
+    both, alone = (busy_client.infer("greys", sent).as_numpy("logits") for sent in (inputs, [pixels]))
+    assert both.tobytes() == alone.tobytes()
+
+
+def test_perf_analyzer_may_be_given_pictures(busy_client: triton.InferenceServerClient) -> None:
+    analyzer = PerfAnalyzer(busy_client, "greys", 2)
+    grown = analyzer.run(8, analyzer.inputs({"pictures": pictures(3, 5).reshape(2, 1)}))
+    assert (grown["inference_count"], grown["success"], grown["fail"]) == (16, 8, 0)
 
 
 # --- KServe's client ---

@@ -122,12 +122,12 @@ def test_a_model_s_inputs_and_outputs_are_described(client: TestClient, path: st
         "platform": "pytorch_torchscript",
         "inputs": [
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, 1, 8, 8]},
-            {"name": "pictures", "datatype": "BYTES", "shape": [-1]},
+            {"name": "pictures", "datatype": "BYTES", "shape": [-1, 1]},
         ],
         "outputs": [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, 16]},
             {"name": "logits", "datatype": "FP32", "shape": [-1, 16]},
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1, 1]},
         ],
     }
     assert client.get(f"{path}/ready").json() == {"name": "greys", "ready": True}
@@ -221,11 +221,23 @@ def test_the_reply_has_the_outputs_that_are_asked_for_in_the_form_that_is_asked_
         "model_name": "greys",
         "model_version": "1",
         "outputs": [
-            {"name": "label", "datatype": "BYTES", "shape": [2], "data": ["grey-2", "grey-4"]},
+            {"name": "label", "datatype": "BYTES", "shape": [2, 1], "data": ["grey-2", "grey-4"]},
             {"name": "logits", "datatype": "FP32", "shape": [2, 16], "parameters": {"binary_data_size": 128}},
         ],
     }
     assert unpacked(reply)["logits"].argmax(1).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("names", [["pixels", "pictures"], ["pictures", "pixels"]])
+def test_of_both_inputs_the_pixels_are_read(client: TestClient, names: list[str]) -> None:
+    contents = {"pixels": pixels(3), "pictures": strings(b"no picture at all")}
+    described = {"pixels": tensor(1), "pictures": PICTURES}
+    inputs = [described[name] | {"parameters": {"binary_data_size": len(contents[name])}} for name in names]
+    body, headers = packed({"inputs": inputs}, *(contents[name] for name in names))
+    assert unpacked(client.post(INFER, content=body, headers=headers))["label"] == ["grey-3"]
+    sizes = " and ".join(f"{len(contents[name])} of {name!r}" for name in names)
+    error = f"86 bytes follow the JSON; by binary_data_size there should be {sizes}"
+    refused(client.post(INFER, content=body + b"!", headers=headers), 400, error)
 
 
 def test_an_id_comes_back_and_no_id_stays_away(client: TestClient) -> None:
@@ -422,7 +434,7 @@ def test_a_body_that_can_not_be_read_is_refused(
 def test_bytes_that_are_not_those_of_the_description_are_refused(client: TestClient) -> None:
     question = {"inputs": [tensor(1, parameters={"binary_data_size": 64})]}
     body, headers = packed(question, pixels(1) + b"more")
-    error = "input 'pixels' has a binary_data_size of 64; 68 bytes follow the JSON"
+    error = "68 bytes follow the JSON; by binary_data_size there should be 64 of 'pixels'"
     refused(client.post(INFER, content=body, headers=headers), 400, error)
     question = {"inputs": [tensor(2, parameters={"binary_data_size": 64})]}
     body, headers = packed(question, pixels(1))
