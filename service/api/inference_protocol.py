@@ -129,7 +129,9 @@ async def config(
 async def model_ready(registry: RegistryDep, model: str, version: str | None = None) -> JSONResponse:
     """Whether a version would answer: 200, 503 with the reason, or 404."""
     try:
-        registry.entry(model, version)
+        entry = registry.entry(model, version)
+        if entry.state == "unverified":
+            raise errors.NotReady(f"{entry.ref} is still being verified; try again in a moment")
     except (errors.VersionRefused, errors.NothingActive, errors.NotReady, errors.ModelUnloaded) as error:
         return JSONResponse({"name": model, "ready": False, "error": str(error)}, 503)
     return JSONResponse({"name": model, "ready": True})

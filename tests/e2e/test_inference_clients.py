@@ -33,7 +33,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_bundle(root / "artifacts", activate=False)
     make_bundle(root / "artifacts", "other")
     with serving(root / "artifacts", root, default_model="greys", max_images="32") as server:
+        until_all_are_verified(server)
         yield server
+
+
+def until_all_are_verified(server: Server) -> None:
+    """It answers once the default model is; the others follow."""
+    deadline = time.monotonic() + 60
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        while any(found["state"] == "LOADING" for found in client.get_model_repository_index()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -148,10 +158,7 @@ def test_tritonclient_loads_and_unloads(client: triton.InferenceServerClient) ->
     def states() -> dict[str, str]:
         return {entry["name"]: entry["state"] for entry in client.get_model_repository_index()}
 
-    deadline = time.monotonic() + 10
-    while states() != {"greys": "READY", "other": "READY"}:  # the version that isn't active is verified meanwhile
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert states() == {"greys": "READY", "other": "READY"}
     client.unload_model("other")
     assert states() == {"greys": "READY", "other": "UNAVAILABLE"}
     assert not client.is_model_ready("other")

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from httpx2 import Response
 
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import GREYS, SPEC, Fragile, grey, make_bundle, shade
+from tests.tiny import GREYS, SPEC, Fragile, flip_a_bit, grey, make_bundle, shade
 from training import __version__
+from training.bundle.manifest import MODULE
 
 INFER = "/v2/models/greys/infer"
 HEAD = "Inference-Header-Content-Length"
@@ -156,6 +158,29 @@ def test_what_there_is_not_is_said_in_the_protocol_s_shape(client: TestClient) -
     refused(client.get("/v2/models/greys/versions/7/ready"), 404, "model greys has no version 7; it has 1")
     refused(client.get("/v2/nothing"), 404, "GET /v2/nothing: Not Found")
     refused(client.get(INFER), 405, f"GET {INFER}: Method Not Allowed")
+
+
+def test_a_version_is_ready_once_it_is_verified(settings: Settings, artifacts: Path) -> None:
+    make_bundle(artifacts, activate=False)
+    with application(settings, rescan_seconds=1000) as client:  # none but the active one is verified by itself
+        unverified = client.get("/v2/models/greys/versions/2/ready")
+        error = "greys@2 is still being verified; try again in a moment"
+        assert (unverified.status_code, unverified.json()) == (503, {"name": "greys", "ready": False, "error": error})
+        body, headers = asking(3)
+        assert client.post("/v2/models/greys/versions/2/infer", content=body, headers=headers).status_code == 200
+        verified = client.get("/v2/models/greys/versions/2/ready")
+        assert (verified.status_code, verified.json()) == (200, {"name": "greys", "ready": True})
+
+
+def test_a_version_that_fails_its_verification_is_never_ready(settings: Settings, artifacts: Path) -> None:
+    flip_a_bit(make_bundle(artifacts, activate=False).path(artifacts) / MODULE)
+    with application(settings, rescan_seconds=1000) as client:
+        assert client.get("/v2/models/greys/versions/2/ready").status_code == 503
+        body, headers = asking(3)
+        assert client.post("/v2/models/greys/versions/2/infer", content=body, headers=headers).status_code == 409
+        refused_now = client.get("/v2/models/greys/versions/2/ready")
+        assert (refused_now.status_code, refused_now.json()["ready"]) == (503, False)
+        assert refused_now.json()["error"].startswith("greys@2 was refused: ")
 
 
 # --- inference ---
