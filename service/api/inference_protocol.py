@@ -8,7 +8,7 @@ import asyncio
 import gzip
 import zlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -176,11 +176,11 @@ def _statistics(entry: Entry) -> dict[str, Any]:
 
 
 class _IndexRequest(BaseModel):
-    ready: bool = False
+    ready: Annotated[tensors.Flag, tensors.null_is(False)] = False
 
 
 class _RepositoryRequest(BaseModel):
-    parameters: dict[str, Any] = {}
+    parameters: Annotated[dict[str, Any], tensors.null_is({})] = {}
 
 
 @router.post("/v2/repository/index")

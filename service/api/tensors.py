@@ -9,11 +9,11 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError
 from pydantic_core import to_json
 
 from service.api.bodies import from_base64
@@ -30,48 +30,66 @@ PIXEL_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("<u1"), "FP32": np.dt
 OUTPUT_TYPES = {PROBABILITIES: "FP32", LOGITS: "FP32", LABEL: "BYTES"}
 
 Strings = list[bytes]
-Parameters = dict[str, Any]
+
+Whole = Annotated[int, Strict(), Field(ge=0, le=2**64 - 1)]  # the protocol's numbers have 64 bits and no sign
+Flag = Annotated[bool, Strict()]
+
+
+def null_is(absent: object) -> BeforeValidator:
+    """Some clients send null for what they don't say."""
+    return BeforeValidator(lambda value: absent if value is None else value)
+
+
+# --- the messages' JSON; parameters that aren't named here are passed over ---
+
+
+class InputParameters(BaseModel, extra="allow"):
+    binary_data_size: Whole | None = None
+
+
+class OutputParameters(BaseModel, extra="allow"):
+    binary_data: Flag | None = None
+    classification: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="how many of the best classes to name in the tensor's place"
+    )
+
+
+class QuestionParameters(BaseModel, extra="allow"):
+    binary_data_output: Flag | None = Field(None, description="for the outputs that don't say it themselves")
+    timeout: Whole | None = Field(None, description="in microseconds; 0 is none")
+    priority: Whole | None = Field(None, description="changes nothing: there is one queue")
 
 
 class Input(BaseModel):
     name: str
     datatype: str
     shape: list[int]
-    parameters: Parameters = {}
+    parameters: Annotated[InputParameters, null_is({})] = Field(default_factory=InputParameters)
     data: list[Any] | None = None
 
     @property
     def size(self) -> int | None:
         """Of its part behind the JSON; None where it stands in `data`. Raises TensorInvalid."""
-        size = self.parameters.get("binary_data_size")
-        if size is None:
-            return None
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0 or self.data is not None:
-            raise TensorInvalid(f"input {self.name!r} needs either `data` or a whole number as binary_data_size")
+        size = self.parameters.binary_data_size
+        if size is not None and self.data is not None:
+            raise TensorInvalid(f"input {self.name[:80]!r} has both `data` and a binary_data_size; send one of them")
         return size
 
 
 class Output(BaseModel):
-    """`parameters`: `binary_data`, and `classification`, how many of the best classes to name in its place."""
-
     name: str
-    parameters: Parameters = {}
+    parameters: Annotated[OutputParameters, null_is({})] = Field(default_factory=OutputParameters)
 
 
 class Question(BaseModel):
-    """`parameters`: `binary_data_output` for all outputs, and `timeout` in microseconds."""
-
     id: str | None = None
-    parameters: Parameters = {}
+    parameters: Annotated[QuestionParameters, null_is({})] = Field(default_factory=QuestionParameters)
     inputs: list[Input] = Field(min_length=1)
-    outputs: list[Output] = []
+    outputs: Annotated[list[Output], null_is([])] = []
 
     @property
     def timeout_seconds(self) -> float | None:
-        timeout = self.parameters.get("timeout", 0)
-        if not isinstance(timeout, int) or timeout < 0:
-            raise TensorInvalid("the parameter `timeout` must be a whole number of microseconds")
-        return timeout / 1e6 or None
+        return self.parameters.timeout / 1e6 if self.parameters.timeout else None
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ def read(body: bytes, head_bytes: int | None, spec: InputSpec, max_images: int) 
     """
     if head_bytes == 0:
         whole = Input(name=PICTURES, datatype="BYTES", shape=[1])
-        return Question(inputs=[whole], parameters={"binary_data_output": True}), [_not_empty(body)]
+        return Question(inputs=[whole], parameters=QuestionParameters(binary_data_output=True)), [_not_empty(body)]
     if head_bytes is not None and head_bytes > len(body):
         raise MalformedBody(f"Inference-Header-Content-Length is {head_bytes}; the body has only {len(body)} bytes")
     question = _parse(body[:head_bytes])
@@ -165,9 +183,10 @@ def _part_of(tensor: Input, sent: list[Input], behind: bytes) -> bytes:
 
 def _check_parameters(question: Question) -> None:
     """Raises TensorInvalid for what would be wrong to pass over."""
-    places = [question.parameters]
-    places += [tensor.parameters for tensor in question.inputs] + [output.parameters for output in question.outputs]
-    for name in (name for parameters in places for name in parameters):
+    places: list[BaseModel] = [question.parameters]
+    places += [tensor.parameters for tensor in question.inputs]
+    places += [output.parameters for output in question.outputs]
+    for name in (name for parameters in places for name in parameters.model_extra or ()):
         if name.startswith(("shared_memory", "sequence_")):
             raise TensorInvalid(f"the parameter {name[:80]!r} isn't supported here: send the tensors in the request")
 
@@ -267,11 +286,12 @@ def _not_empty(body: bytes) -> bytes:
 
 def write(question: Question, manifest: Manifest, rows: Sequence[Row]) -> Message:
     """The outputs that are asked for, of each row. Raises TensorInvalid for one that there isn't."""
-    all_binary = question.parameters.get("binary_data_output", False)
+    all_binary = question.parameters.binary_data_output
     descriptions, behind = [], []
     for wanted in question.outputs or [Output(name=name) for name in OUTPUT_TYPES]:
         description, values = _output(wanted, rows)
-        if wanted.parameters.get("binary_data", all_binary):
+        is_binary = wanted.parameters.binary_data
+        if all_binary if is_binary is None else is_binary:
             content = values.tobytes() if isinstance(values, np.ndarray) else _lengths_and(values)
             behind.append(content)
             description["parameters"] = {"binary_data_size": len(content)}
@@ -294,13 +314,12 @@ def check_outputs(question: Question) -> None:
             raise TensorInvalid(f"there is no output {output.name[:80]!r}; there is {', '.join(OUTPUT_TYPES)}")
         if names.count(output.name) > 1:
             raise TensorInvalid(f"output {output.name!r} is asked for twice")
-        best = output.parameters.get("classification")
-        if best is not None and (output.name == LABEL or not isinstance(best, int) or best < 1):
-            raise TensorInvalid("`classification` is a number of classes, for the output probabilities or logits")
+        if output.name == LABEL and output.parameters.classification is not None:
+            raise TensorInvalid(f"`classification` is for the outputs {PROBABILITIES} and {LOGITS}, not for {LABEL}")
 
 
 def _output(wanted: Output, rows: Sequence[Row]) -> tuple[dict[str, Any], NDArray[np.float32] | Strings]:
-    if best := wanted.parameters.get("classification"):
+    if best := wanted.parameters.classification:
         texts = [text for row in rows for text in _best(wanted.name, row, best)]
         return _describe(wanted.name, "BYTES", [len(rows), len(texts) // len(rows)]), texts
     if wanted.name == LABEL:

@@ -352,7 +352,7 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "classes of a label": (
         {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
         400,
-        "`classification` is a number of classes, for the output probabilities or logits",
+        "`classification` is for the outputs probabilities and logits, not for label",
     ),
     "no pictures": (
         {"inputs": [tensor(0, data=[])]},
@@ -394,7 +394,7 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "a size that is none": (
         {"inputs": [tensor(1, parameters={"binary_data_size": -5})]},
         400,
-        "input 'pixels' needs either `data` or a whole number as binary_data_size",
+        "inputs.0.parameters.binary_data_size: Input should be greater than or equal to 0",
     ),
     "shared memory": (
         {"inputs": [tensor(1, parameters={"shared_memory_region": "mine"})]},
@@ -419,10 +419,10 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     ),
     "no inputs": ({"inputs": []}, 400, "inputs: List should have at least 1 item after validation, not 0"),
     "no object": ([1], 400, None),
-    "a time that is none": (
-        {"inputs": [tensor(1, data=[1] * 64)], "parameters": {"timeout": "soon"}},
+    "data in both places": (
+        {"inputs": [tensor(1, data=[1] * 64, parameters={"binary_data_size": 0})]},
         400,
-        "the parameter `timeout` must be a whole number of microseconds",
+        "input 'pixels' has both `data` and a binary_data_size; send one of them",
     ),
 }
 
@@ -432,6 +432,67 @@ def test_a_request_that_is_wrong_is_told_what_is_wrong(client: TestClient, name:
     question, status, error = WRONG[name]
     reply = client.post(INFER, json=question)
     refused(reply, status, reply.json()["error"] if error is None else error)
+
+
+NO_WHOLE = "Input should be a valid integer"
+NO_FLAG = "Input should be a valid boolean"
+BELOW, ABOVE = "Input should be greater than or equal to", "Input should be less than or equal to 18446744073709551615"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("timeout", "soon", NO_WHOLE),
+        ("timeout", True, NO_WHOLE),
+        ("timeout", 5.0, NO_WHOLE),
+        ("timeout", -1, f"{BELOW} 0"),
+        ("timeout", 10**400, ABOVE),
+        ("priority", "high", NO_WHOLE),
+        ("priority", 2**64, ABOVE),
+        ("binary_data_output", "no", NO_FLAG),
+        ("binary_data_output", 0, NO_FLAG),
+        ("outputs.binary_data", "no", NO_FLAG),
+        ("outputs.classification", True, NO_WHOLE),
+        ("outputs.classification", 0, f"{BELOW} 1"),
+        ("outputs.classification", 2**64, ABOVE),
+        ("inputs.binary_data_size", True, NO_WHOLE),
+        ("inputs.binary_data_size", 10**400, ABOVE),
+    ],
+)
+def test_a_parameter_of_another_type_or_out_of_bounds_is_refused(
+    client: TestClient, name: str, value: object, error: str
+) -> None:
+    place, _, parameter = name.rpartition(".")
+    question: dict[str, Any] = {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "logits"}]}
+    said = question[place][0] if place else question
+    said["parameters"] = {parameter: value}
+    where = f"{place}.0.parameters" if place else "parameters"
+    refused(client.post(INFER, json=question), 400, f"{where}.{parameter}: {error}")
+
+
+def test_the_largest_parameters_are_taken(client: TestClient) -> None:
+    most = 2**64 - 1
+    outputs = [{"name": "logits", "parameters": {"classification": most}}]
+    body, headers = asking(3, outputs=outputs, timeout=most, priority=most)
+    assert len(unpacked(client.post(INFER, content=body, headers=headers))["logits"]) == len(GREYS)
+
+
+def test_null_is_as_good_as_nothing(client: TestClient) -> None:
+    values = [int(value) for value in pixels(3)]
+    plain = {"inputs": [tensor(1, data=values)]}
+    nulls = {"id": None, "parameters": None, "inputs": [tensor(1, data=values, parameters=None)], "outputs": None}
+    inner = plain | {
+        "parameters": {"timeout": None, "binary_data_output": None},
+        "outputs": [
+            {"name": "probabilities", "parameters": None},
+            {"name": "logits", "parameters": {"binary_data": None, "classification": None}},
+            {"name": "label"},
+        ],
+    }
+    expected = client.post(INFER, json=plain).json()
+    assert [client.post(INFER, json=question).json() for question in (nulls, inner)] == [expected] * 2
+    assert client.post("/v2/repository/models/greys/load", json={"parameters": None}).json() == {}
+    assert len(client.post("/v2/repository/index", json={"ready": None}).json()) == 1
 
 
 @pytest.mark.parametrize(
