@@ -7,7 +7,6 @@ Clients send no content type and take anything but 200 for an error: bodies are 
 import asyncio
 import gzip
 import zlib
-from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -20,13 +19,10 @@ from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
 from service.api.direct import Direct
-from service.inference.predictor import Picture
 from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
 from service.telemetry import figures
-from training import SafelightError, __version__
-from training.bundle.answers import Row
-from training.bundle.images import ImageRejected
+from training import __version__
 from training.bundle.manifest import Manifest
 
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
@@ -121,6 +117,7 @@ async def config(
         "input": [one | {"optional": True} for one in inputs],
         "output": outputs,
         "dynamic_batching": {"preferred_batch_size": [settings.max_batch], "max_queue_delay_microseconds": 0},
+        "response_cache": {"enable": settings.cache_mb > 0},
     }
 
 
@@ -143,7 +140,11 @@ async def _manifest(registry: Registry, model: str, version: str | None) -> Mani
 
 
 def _statistics(entry: Entry) -> dict[str, Any]:
-    """From the metrics, so that there is one count of everything."""
+    """From the metrics, so that there is one count of everything; what of it is counted where, as Triton has it.
+
+    Refused tensors and a full queue are neither success nor failure. An answer from the cache has waited and succeeded,
+    but not been computed.
+    """
     counted = figures(entry.ref.model, entry.ref.version)
 
     def duration(name: str, stage: str = "") -> dict[str, int]:
@@ -151,7 +152,10 @@ def _statistics(entry: Entry) -> dict[str, Any]:
         return {"count": int(count), "ns": round(seconds * 1e9)}
 
     stages = {stage: duration("stage_seconds", f":{stage}") for stage in ("total", "queue", "decode", "infer")}
-    rest = stages["total"]["ns"] - sum(stages[stage]["ns"] for stage in ("queue", "decode", "infer"))
+    cache = {outcome: duration("cache_seconds", f":{outcome}") for outcome in ("hit", "miss")}
+    parts = [stages["queue"], stages["decode"], stages["infer"], *cache.values()]
+    rest = max(0, stages["total"]["ns"] - sum(part["ns"] for part in parts))
+    succeeded, computed = stages["total"]["count"], stages["infer"]["count"]
     return {
         "name": entry.ref.model,
         "version": entry.ref.version,
@@ -161,12 +165,12 @@ def _statistics(entry: Entry) -> dict[str, Any]:
         "inference_stats": {
             "success": stages["total"],
             "fail": duration("failed_seconds"),
-            "queue": stages["queue"],
-            "compute_input": stages["decode"],
+            "queue": {"count": succeeded, "ns": stages["queue"]["ns"]},
+            "compute_input": {"count": computed, "ns": stages["decode"]["ns"]},
             "compute_infer": stages["infer"],
-            "compute_output": {"count": stages["total"]["count"], "ns": max(0, rest)},
-            "cache_hit": duration("cache_seconds", ":hit"),
-            "cache_miss": duration("cache_seconds", ":miss"),
+            "compute_output": {"count": computed, "ns": rest},
+            "cache_hit": cache["hit"],
+            "cache_miss": cache["miss"],
         },
         "batch_stats": [],
     }
@@ -270,20 +274,8 @@ async def _infer(
     tensors.check_outputs(question)
     request.state.log["images"] = len(pictures)
     seconds = min(settings.deadline_seconds, question.timeout_seconds or settings.deadline_seconds)
-    computed = await predictor.compute(pictures, begun + seconds)
-    return tensors.write(question, manifest, _all_good(pictures, computed.outcomes))
-
-
-def _all_good(pictures: Sequence[Picture], outcomes: Sequence[Row | SafelightError]) -> list[Row]:
-    """The protocol has no place for one picture's error: the first is that of the request."""
-    rows = []
-    for place, outcome in enumerate(outcomes):
-        if isinstance(outcome, ImageRejected | errors.InvalidBase64) and len(pictures) > 1:
-            raise errors.TensorInvalid(f"picture {place} of {len(pictures)}: {outcome}") from outcome
-        if isinstance(outcome, SafelightError):
-            raise outcome
-        rows.append(outcome)
-    return rows
+    computed = await predictor.compute(pictures, begun + seconds, whole=True)  # there is no place for one's own error
+    return tensors.write(question, manifest, computed.rows())
 
 
 def _head_bytes(request: Request) -> int | None:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import DeadlineExceeded, InferenceFailed, TopKOutOfRange
+from service.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidBase64,
+    QueueFull,
+    TensorInvalid,
+    TopKOutOfRange,
+)
 from service.inference.batcher import Batcher, Run
 from service.inference.cache import Cache, digest_of, key_of
 from service.inference.engine import Engine
@@ -39,6 +46,17 @@ class Computed:
 
     outcomes: list[Row | SafelightError]
     seconds: dict[str, float]
+
+    def rows(self) -> list[Row]:
+        """Of a request that stands or falls as a whole. Raises its first picture's error."""
+        found = []
+        for place, outcome in enumerate(self.outcomes):
+            if isinstance(outcome, ImageRejected | InvalidBase64) and len(self.outcomes) > 1:
+                raise TensorInvalid(f"picture {place} of {len(self.outcomes)}: {outcome}") from outcome
+            if isinstance(outcome, SafelightError):
+                raise outcome
+            found.append(outcome)
+        return found
 
 
 def ranked(engine: Engine) -> Run[Row]:
@@ -99,11 +117,11 @@ class Predictor:
         ]
         return Answered(outcomes, computed.seconds)
 
-    async def compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
+    async def compute(self, pictures: Sequence[Picture], deadline: float, *, whole: bool = False) -> Computed:
         """Run the model on each picture before `deadline`, in the event loop's time.
 
-        A bad picture's outcome is its error; the others are answered. Raises QueueFull and DeadlineExceeded for the
-        request as a whole.
+        A bad picture's outcome is its error; the others are answered, unless the request is to be answered as a
+        `whole`. Raises QueueFull and DeadlineExceeded, and in a whole the first picture's error.
         """
         begun = time.perf_counter()
         try:
@@ -111,7 +129,11 @@ class Predictor:
                 computed = await self._compute(pictures, deadline)
             else:
                 computed = await self._compute_unknown(self._cache, pictures, deadline)
-        except SafelightError:
+            if whole:
+                computed.rows()
+        except QueueFull:
+            raise  # it never began
+        except (SafelightError, asyncio.CancelledError):
             self._failed_seconds.observe(time.perf_counter() - begun)
             raise
         self._observe(computed, time.perf_counter() - begun)
@@ -197,7 +219,11 @@ class Predictor:
             return error
 
     def _observe(self, computed: Computed, total: float) -> None:
-        self._images.inc(sum(isinstance(outcome, tuple) for outcome in computed.outcomes))
+        answered = sum(isinstance(outcome, tuple) for outcome in computed.outcomes)
+        if not answered:
+            self._failed_seconds.observe(total)
+            return
+        self._images.inc(answered)
         for stage, value in computed.seconds.items():
             self._stage_seconds[stage].observe(value)
         self._stage_seconds["total"].observe(total)

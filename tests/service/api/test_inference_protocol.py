@@ -17,7 +17,7 @@ from httpx2 import Response
 
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import GREYS, SPEC, Fragile, flip_a_bit, grey, make_bundle, shade
+from tests.tiny import GREYS, POISON, SPEC, Fragile, flip_a_bit, grey, make_bundle, shade
 from training import __version__
 from training.bundle.manifest import MODULE
 
@@ -149,6 +149,7 @@ def test_a_model_s_inputs_and_outputs_are_described(client: TestClient, path: st
             {"name": "label", "data_type": "TYPE_STRING", "dims": [1]},
         ],
         "dynamic_batching": {"preferred_batch_size": [64], "max_queue_delay_microseconds": 0},
+        "response_cache": {"enable": False},
     }
 
 
@@ -582,33 +583,100 @@ def test_a_time_that_is_too_short_is_kept_to(client: TestClient) -> None:
 # --- statistics ---
 
 
-def test_statistics_count_pictures_batches_and_failures(client: TestClient) -> None:
-    def counted() -> dict[str, Any]:
-        (found,) = client.get("/v2/models/greys/versions/1/stats").json()["model_stats"]
-        assert client.get("/v2/models/greys/stats").json() == client.get("/v2/models/stats").json()
-        return dict(found)
+def counted(client: TestClient, model: str = "greys") -> dict[str, Any]:
+    """Everything that is counted of version 1, each figure under one name."""
+    (found,) = client.get(f"/v2/models/{model}/versions/1/stats").json()["model_stats"]
+    stages = found.pop("inference_stats")
+    return found | {f"{name} {part}": value for name, parts in stages.items() for part, value in parts.items()}
 
+
+def grown(client: TestClient, before: dict[str, Any], model: str = "greys") -> dict[str, int]:
+    """What it grew by; what didn't is left out."""
+    after = counted(client, model)
+    numbers = (name for name, value in after.items() if isinstance(value, int))
+    return {name: after[name] - before[name] for name in numbers if after[name] != before[name]}
+
+
+STAGES = ("success", "queue", "compute_input", "compute_infer", "compute_output")
+
+
+def test_statistics_count_pictures_batches_and_where_the_time_went(client: TestClient) -> None:
+    before = counted(client)
+    assert (before["name"], before["version"], before["batch_stats"]) == ("greys", "1", [])
     body, headers = asking(1, 2, 3)
-    before = counted()
     for _ in range(4):
         assert client.post(INFER, content=body, headers=headers).status_code == 200
-    late, headers = asking(1, timeout=1)
-    assert client.post(INFER, content=late, headers=headers).status_code == 504
-    after = counted()
-    assert (after["name"], after["version"]) == ("greys", "1")
-    assert after["inference_count"] - before["inference_count"] == 12
-    assert after["execution_count"] - before["execution_count"] == 4
-    assert after["last_inference"] > before["last_inference"]
-    grown = {
-        name: {part: after["inference_stats"][name][part] - before["inference_stats"][name][part] for part in figures}
-        for name, figures in after["inference_stats"].items()
-    }
-    counts = {name: figures["count"] for name, figures in grown.items()}
-    stages = dict.fromkeys(("success", "queue", "compute_input", "compute_infer", "compute_output"), 4)
-    assert counts == stages | {"fail": 1, "cache_hit": 0, "cache_miss": 0}
-    parts = sum(grown[name]["ns"] for name in stages if name != "success")
-    assert parts == pytest.approx(grown["success"]["ns"], rel=1e-6)
-    assert all((figures["ns"] > 0) == (figures["count"] > 0) for figures in grown.values())
+    found = grown(client, before)
+    assert found.pop("last_inference") > 0
+    times = {name: found.pop(f"{name} ns") for name in STAGES}
+    assert found == {"inference_count": 12, "execution_count": 4} | {f"{name} count": 4 for name in STAGES}
+    assert min(times.values()) > 0
+    assert sum(times[name] for name in STAGES[1:]) == pytest.approx(times["success"], rel=1e-6)
+    assert client.get("/v2/models/greys/stats").json() == client.get("/v2/models/stats").json()
+
+
+def binary(*pictures: bytes) -> tuple[bytes, dict[str, str]]:
+    """A question about encoded pictures, behind the JSON."""
+    behind = strings(*pictures)
+    described = PICTURES | {"shape": [len(pictures)], "parameters": {"binary_data_size": len(behind)}}
+    return packed({"inputs": [described]}, behind)
+
+
+@pytest.mark.parametrize(
+    ("question", "status", "computed"),
+    [
+        (asking(1, timeout=1), 504, 0),
+        (binary(b"no picture"), 400, 0),
+        (binary(grey(1), b"no picture", grey(2)), 400, 2),
+        (binary(grey(1, first_pixel=POISON)), 500, 1),
+        (binary(grey(1), grey(2, first_pixel=POISON)), 500, 2),
+    ],
+    ids=["late", "no picture", "one of three is no picture", "poisoned", "one of two is poisoned"],
+)
+def test_a_request_that_was_admitted_and_got_no_answer_is_a_failure_and_no_success(
+    settings: Settings, artifacts: Path, question: tuple[bytes, dict[str, str]], status: int, computed: int
+) -> None:
+    make_bundle(artifacts, "fragile", module=Fragile())
+    with application(settings) as client:
+        client.get("/v1/models/fragile")  # once it is loaded
+        before = counted(client, "fragile")
+        body, headers = question
+        assert client.post("/v2/models/fragile/infer", content=body, headers=headers).status_code == status
+        found = grown(client, before, "fragile")
+        assert found.pop("fail ns") > 0
+        found.pop("last_inference", None)
+        batch = {"inference_count": computed, "execution_count": 1} if computed else {}  # what the engine was given
+        assert found == {"fail count": 1} | batch
+
+
+def test_of_predict_s_pictures_one_answer_is_a_success(client: TestClient) -> None:
+    before = counted(client)
+    images = [("file", ("a.png", grey(1))), ("file", ("b.png", b"no picture"))]
+    assert client.post("/predict", files=images).status_code == 200
+    found = {name: count for name, count in grown(client, before).items() if name.endswith("count")}
+    assert found == {"inference_count": 1, "execution_count": 1} | {f"{name} count": 1 for name in STAGES}
+    before = counted(client)
+    assert client.post("/predict", files=images[1:]).status_code == 400
+    assert grown(client, before).keys() == {"fail count", "fail ns"}
+
+
+@pytest.mark.parametrize("name", ["a wrong shape", "another type", "an unknown input", "an unknown output", "no data"])
+def test_a_tensor_that_is_refused_is_neither_success_nor_failure(client: TestClient, name: str) -> None:
+    """As with Triton, whose statistics begin with the queue."""
+    before = counted(client)
+    assert client.post(INFER, json=WRONG[name][0]).status_code == 400
+    assert grown(client, before) == {}
+
+
+def test_an_answer_from_the_cache_is_a_success_that_was_not_computed(settings: Settings) -> None:
+    body, headers = asking(3, 5)
+    with application(settings, cache_mb=1) as client:
+        assert client.get("/v2/models/greys/config").json()["response_cache"] == {"enable": True}
+        client.post(INFER, content=body, headers=headers)
+        before = counted(client)
+        assert client.post(INFER, content=body, headers=headers).status_code == 200
+        found = {name: count for name, count in grown(client, before).items() if name.endswith("count")}
+        assert found == {"success count": 1, "queue count": 1, "cache_hit count": 2}
 
 
 # --- the repository ---
