@@ -24,11 +24,11 @@ from service.inference.engine import Engine
 from service.telemetry import CACHE_SECONDS, FAILED_SECONDS, IMAGES, STAGE_SECONDS
 from training import SafelightError
 from training.bundle.answers import Answer, Row, rank
-from training.bundle.images import ImageRejected, Pixels, decode, is_quick
+from training.bundle.images import ImageRejected, Pixels, decode, decode_quickly
 
 Picture = bytes | Pixels | SafelightError  # pixels are as the network takes them; a failure keeps its place
 
-MOST_AT_ONCE = 16  # quick pictures that are decoded on the event loop: about a millisecond's work
+MOST_AT_ONCE = 16  # pictures of a request that may be decoded on the event loop: half a millisecond's work
 STAGES = ("decode", "queue", "infer", "total")
 
 
@@ -185,10 +185,12 @@ class Predictor:
 
     async def _decode(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
         """Decode off the event loop, but for what takes less time than to hand it over."""
-        encoded = [picture for picture in pictures if isinstance(picture, bytes)]
-        if len(encoded) <= MOST_AT_ONCE and all(is_quick(picture, self.manifest.input) for picture in encoded):
-            return [self._decode_one(picture) for picture in pictures]
-        return await self._decode_in_threads(pictures, deadline)
+        if sum(isinstance(picture, bytes) for picture in pictures) > MOST_AT_ONCE:
+            return await self._decode_in_threads(pictures, deadline)
+        known = [self._decode_quickly(picture) for picture in pictures]
+        left = [picture for picture, decoded in zip(pictures, known, strict=True) if decoded is None]
+        rest = iter(await self._decode_in_threads(left, deadline) if left else ())
+        return [next(rest) if decoded is None else decoded for decoded in known]
 
     async def _decode_in_threads(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
         """A share of the pictures in each thread, for as long as the request waits."""
@@ -209,6 +211,9 @@ class Predictor:
 
     def _decode_chunk(self, pictures: Sequence[Picture], unwanted: threading.Event) -> list[Pixels | SafelightError]:
         return [self._decode_one(picture) for picture in pictures if not unwanted.is_set()]
+
+    def _decode_quickly(self, picture: Picture) -> Pixels | SafelightError | None:
+        return decode_quickly(picture, self.manifest.input) if isinstance(picture, bytes) else picture
 
     def _decode_one(self, picture: Picture) -> Pixels | SafelightError:
         if not isinstance(picture, bytes):

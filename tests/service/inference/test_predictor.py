@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
 from service.inference.predictor import MOST_AT_ONCE, Predictor, ranked
 from tests.registries import LIMITS, run_predictor
-from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle
+from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle, reseal
 from training.bundle.images import NotAnImage, decode
 
 
@@ -76,6 +76,28 @@ def test_pictures_decoded_at_once_and_in_threads_get_the_same_answers(artifacts:
             answered = await predictor.predict(pictures, 1, in_seconds(60))
             assert {outcome.best.label for outcome in answered.outcomes} == {"grey-5"}  # type: ignore[union-attr]
             assert len(answered.outcomes) == len(pictures)
+
+    run_predictor(artifacts, test)
+
+
+def test_digits_that_must_be_fitted_are_not_decoded_on_the_event_loop(artifacts: Path) -> None:
+    """They are as small as MNIST's own, but take fifty times as long."""
+    spec = SPEC.model_copy(update={"fit": "digit"})
+    reseal(artifacts / "greys" / "1", input=spec)
+    on_grey = np.full((8, 8), 128, np.uint8)
+    on_grey[2:6, 3:5] = 10
+    pictures = [encode(Image.fromarray(on_grey))] * MOST_AT_ONCE
+    decode(pictures[0], spec)  # it imports SciPy
+
+    async def test(predictor: Predictor) -> None:
+        begun = time.thread_time()
+        for picture in pictures:
+            decode(picture, spec)
+        decoding = time.thread_time() - begun
+        begun = time.thread_time()
+        outcomes = (await predictor.compute(pictures, in_seconds(60))).outcomes
+        assert time.thread_time() - begun < decoding / 3
+        assert all(isinstance(outcome, tuple) for outcome in outcomes)
 
     run_predictor(artifacts, test)
 
