@@ -6,7 +6,11 @@ Clients send no content type and take anything but 200 for an error: bodies are 
 
 import asyncio
 import gzip
+import re
 import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from io import BytesIO
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -23,13 +27,21 @@ from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
 from service.telemetry import figures
 from training import __version__
+from training.bundle.answers import Row
 from training.bundle.manifest import Manifest
 
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
 HEAD_BYTES = "inference-header-content-length"
 CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
+ENCODINGS = ("gzip", "deflate")
+KEPT_HEADERS = 100  # most clients send the same Accept-Encoding again and again
 COMPRESS_FROM = 500  # bytes of an answer
-ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's window bits
+TENSORS_AT_ONCE = (
+    1_000_000  # bytes that may be looked at on the event loop: a millisecond's work in FP32, none in UINT8
+)
+WRITTEN_AT_ONCE = 1_000  # values of an answer, pictures x classes, that may be written and packed on the event loop
+GZIP_MEMBER, MOST_MEMBERS = b"\x1f\x8b\x08", 10_000  # how each begins; a million empty ones would take seconds
+WEIGHT = re.compile(r"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")  # RFC 9110, 12.4.2
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -257,25 +269,24 @@ async def infer(request: Request) -> Response:
     if entry.predictor:
         entry.predictor.check_room(asyncio.get_running_loop().time() + settings.deadline_seconds)
     body = await _body(request, settings.max_body_bytes)
-    message = await while_connected(request, _infer(request, registry, entry, body, settings))
-    return _reply(request, message)
+    return await while_connected(request, _infer(request, registry, entry, body, settings))
 
 
-async def _infer(
-    request: Request, registry: Registry, entry: Entry, body: bytes, settings: Settings
-) -> tensors.Message:
+async def _infer(request: Request, registry: Registry, entry: Entry, body: bytes, settings: Settings) -> Response:
     begun = asyncio.get_running_loop().time()
     predictor = await registry.predictor(entry, begun + settings.deadline_seconds)
     manifest = predictor.manifest
     head_bytes = _head_bytes(request)
     asked = body, head_bytes, manifest.input, settings.max_images
-    is_long = (len(body) if head_bytes is None else head_bytes) > THREAD_FROM
+    is_long = (len(body) if head_bytes is None else head_bytes) > THREAD_FROM or len(body) > TENSORS_AT_ONCE
     question, pictures = await asyncio.to_thread(tensors.read, *asked) if is_long else tensors.read(*asked)
     tensors.check_outputs(question)
     request.state.log["images"] = len(pictures)
     seconds = min(settings.deadline_seconds, question.timeout_seconds or settings.deadline_seconds)
     computed = await predictor.compute(pictures, begun + seconds, whole=True)  # there is no place for one's own error
-    return tensors.write(question, manifest, computed.rows())
+    answered = question, manifest, computed.rows(), accepted(request.headers.get("accept-encoding", ""))
+    is_long = len(pictures) * len(manifest.classes) > WRITTEN_AT_ONCE
+    return await asyncio.to_thread(_reply, *answered) if is_long else _reply(*answered)
 
 
 def _head_bytes(request: Request) -> int | None:
@@ -299,27 +310,65 @@ async def _body(request: Request, max_bytes: int) -> bytes:
 
 
 def _unpack(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    unpacker = zlib.decompressobj(ENCODINGS[encoding])
     try:
-        content = unpacker.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise errors.MalformedBody(f"the body isn't {encoding}: {error}") from error
+        content = _gunzip(body, max_bytes + 1) if encoding == "gzip" else _inflate(body, max_bytes + 1)
+    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise errors.MalformedBody(f"the body isn't {encoding}, or not all of it: {error}") from error
     if len(content) > max_bytes:
         raise errors.BodyTooLarge(
             f"the body has more than {max_bytes} bytes once it is unpacked; the limit is {max_bytes} "
             "(SAFELIGHT_MAX_BODY_BYTES): send fewer or smaller pictures",
             limit=max_bytes,
         )
-    if not unpacker.eof or unpacker.unused_data:
-        raise errors.MalformedBody(f"the body isn't one whole {encoding} stream")
     return content
 
 
-def _reply(request: Request, message: tensors.Message) -> Response:
-    headers = {} if message.head_bytes is None else {HEAD_BYTES: str(message.head_bytes)}
-    body, accepted = message.body, request.headers.get("accept-encoding", "")
-    if len(body) >= COMPRESS_FROM and (encoding := next((name for name in ENCODINGS if name in accepted), None)):
-        body = gzip.compress(body, 1, mtime=0) if encoding == "gzip" else zlib.compress(body, 1)
+def _gunzip(body: bytes, most: int) -> bytes:
+    """The first bytes of all members, which may follow each other (RFC 1952)."""
+    if body.count(GZIP_MEMBER) > MOST_MEMBERS:
+        raise errors.MalformedBody(f"the gzip body has more than {MOST_MEMBERS} members; pack it as one")
+    return gzip.GzipFile(fileobj=BytesIO(body)).read(most)
+
+
+def _inflate(body: bytes, most: int) -> bytes:
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(body, most)
+    if len(content) < most and (not unpacker.eof or unpacker.unused_data):
+        raise EOFError("it ends early, or something follows it")
+    return content
+
+
+@lru_cache(KEPT_HEADERS)
+def accepted(header: str) -> str | None:
+    """Which of ours an Accept-Encoding prefers (RFC 9110, 12.5.3); None: neither."""
+    weights = {}
+    for offered in header.lower().split(","):
+        name, _, weight = (word.strip() for word in offered.partition(";"))
+        weights[name] = _weight(weight)
+
+    def weight_of(name: str) -> float:
+        return weights.get(name, weights.get("*", 0.0))
+
+    best = max(ENCODINGS, key=weight_of)
+    return best if weight_of(best) > 0 and weight_of(best) >= weights.get("identity", 0.0) else None
+
+
+def _weight(text: str) -> float:
+    """One where nothing is said, none where it can't be read."""
+    if not text:
+        return 1.0
+    found = WEIGHT.fullmatch(text)
+    return float(found[1]) if found else 0.0
+
+
+def _reply(question: tensors.Question, manifest: Manifest, rows: Sequence[Row], encoding: str | None) -> Response:
+    message = tensors.write(question, manifest, rows)
+    headers = {"Vary": "Accept-Encoding"}
+    body = message.body
+    if encoding and len(body) >= COMPRESS_FROM:
         headers["Content-Encoding"] = encoding
-    kind = "application/json" if message.head_bytes is None else "application/octet-stream"
-    return Response(body, media_type=kind, headers=headers)
+        body = gzip.compress(body, 1, mtime=0) if encoding == "gzip" else zlib.compress(body, 1)
+    if message.head_bytes is None:
+        return Response(body, media_type="application/json", headers=headers)
+    headers[HEAD_BYTES] = str(message.head_bytes)
+    return Response(body, media_type="application/octet-stream", headers=headers)

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -242,10 +243,14 @@ def _pictures(tensor: Input, behind: bytes, max_images: int) -> list[Picture]:
     if len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
         raise TensorInvalid(f"input {PICTURES!r} has the shape {shape}; it must be [N] or [N, 1]")
     count = _count(shape[0], max_images)
-    found: Sequence[Picture] = _from_base64(tensor.data) if tensor.data is not None else list(_strings(behind))
+    if tensor.data is not None:
+        found: list[Picture] = _from_base64(tensor.data)
+    else:
+        found = list(islice(_strings(behind), count + 1))  # of millions of empty ones no more than tells it
     if len(found) != count:
-        raise TensorInvalid(f"input {PICTURES!r} holds {len(found)} pictures; its shape says {count}")
-    return list(found)
+        held = len(found) if len(found) < count else f"more than {count}"
+        raise TensorInvalid(f"input {PICTURES!r} holds {held} pictures; its shape says {count}")
+    return found
 
 
 def _from_base64(data: list[Any]) -> list[Picture]:

@@ -1,9 +1,11 @@
 """/v2 over HTTP, byte by byte; what the real clients make of it is tests/e2e/test_inference_clients.py."""
 
+import asyncio
 import base64
 import gzip
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import GREYS, POISON, SPEC, Fragile, flip_a_bit, grey, make_bundle, shade
+from tests.tiny import GREYS, POISON, SPEC, Fragile, Greys, flip_a_bit, grey, make_bundle, shade
 from training import __version__
 from training.bundle.manifest import MODULE
 
@@ -296,6 +299,89 @@ def test_a_long_answer_is_packed_for_those_who_accept_that(client: TestClient) -
     assert "content-encoding" not in plain.headers
 
 
+@pytest.mark.parametrize(
+    ("header", "encoding"),
+    [
+        ("", None),
+        ("gzip", "gzip"),
+        ("GZip", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip, deflate, br", "gzip"),
+        ("gzip;q=0", None),
+        ("gzip;q=0.000, deflate;q=0.0", None),
+        ("gzip; q=0, deflate", "deflate"),
+        ("gzip;q=0.5, deflate;q=0.7", "deflate"),
+        ("gzip;q=0.5, identity", None),
+        ("gzip;q=0.5, identity;q=0.5", "gzip"),
+        ("identity;q=0, deflate;q=0.001", "deflate"),
+        ("*", "gzip"),
+        ("*;q=0", None),
+        ("gzip;q=0, *", "deflate"),
+        ("br, zstd", None),
+        ("gzip;q=much", None),
+        ("gzip;q=2", None),
+        ("gzip;q=-1, deflate;level=1", None),
+        ("notgzip, deflated", None),
+    ],
+)
+def test_an_answer_is_packed_as_its_client_prefers(client: TestClient, header: str, encoding: str | None) -> None:
+    body, headers = asking(*range(16))
+    with client.stream("POST", INFER, content=body, headers=headers | {"Accept-Encoding": header}) as reply:
+        assert reply.status_code == 200
+        assert (reply.headers.get("content-encoding"), reply.headers["vary"]) == (encoding, "Accept-Encoding")
+        packed = b"".join(reply.iter_raw())
+    unpack = {None: bytes, "gzip": gzip.decompress, "deflate": zlib.decompress}[encoding]
+    assert len(json.loads(unpack(packed))["outputs"]) == 3
+
+
+def test_a_long_answer_is_not_written_on_the_event_loop(settings: Settings, artifacts: Path) -> None:
+    """Nobody else would be answered meanwhile: writing and packing takes many times what the loop has to do for it."""
+    levels, count = 256, 256
+    classes = [f"a class by the name of {level}" for level in range(levels)]
+    make_bundle(artifacts, "many", Greys(levels=levels), classes=classes)
+    content = np.arange(count, dtype=np.uint8).repeat(64).tobytes()
+    question = {"inputs": [tensor(count, parameters={"binary_data_size": len(content)})]}
+    body, headers = packed(question, content)
+
+    async def main() -> tuple[float, bytes]:
+        app = create_app(settings)
+        async with app.router.lifespan_context(app) as state:
+            await asgi(app, state, "/v2/models/many/infer", body, headers)
+            begun = time.thread_time()
+            reply = await asgi(app, state, "/v2/models/many/infer", body, headers | {"Accept-Encoding": "gzip"})
+            return time.thread_time() - begun, reply
+
+    on_the_loop, reply = asyncio.run(main())
+    answer = json.loads(gzip.decompress(reply))
+    assert answer["outputs"][2]["data"][7] == "a class by the name of 7"
+    begun = time.thread_time()
+    gzip.compress(json.dumps(answer).encode(), 1)
+    assert on_the_loop < (time.thread_time() - begun) / 3
+
+
+async def asgi(app: FastAPI, state: Any, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """The body of a reply, without a client's work beside it."""
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": raw, "state": dict(state), "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"}
+    received = iter([{"type": "http.request", "body": body, "more_body": False}])
+    gone = asyncio.Event()
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        message = next(received, None)
+        if message is None:
+            await gone.wait()
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 200
+    return b"".join(message["body"] for message in sent[1:])
+
+
 def test_as_many_pictures_as_the_limit_and_not_one_more(settings: Settings) -> None:
     with application(settings, max_images=4) as client:
         for count in (1, 3, 4):
@@ -406,7 +492,7 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "more pictures than said": (
         {"inputs": [PICTURES | {"data": ["AAAA", "AAAA"]}]},
         400,
-        "input 'pictures' holds 2 pictures; its shape says 1",
+        "input 'pictures' holds more than 1 pictures; its shape says 1",
     ),
     "pictures as numbers": (
         {"inputs": [PICTURES | {"data": [1]}]},
@@ -506,8 +592,23 @@ def test_null_is_as_good_as_nothing(client: TestClient) -> None:
         (b"{}", {HEAD: "abc"}, "Inference-Header-Content-Length must be a whole number, not 'abc'"),
         (b"{}", {HEAD: "-1"}, "Inference-Header-Content-Length must be a whole number, not '-1'"),
         (b"{}", {HEAD: "9"}, "Inference-Header-Content-Length is 9; the body has only 2 bytes"),
-        (gzip.compress(b"{}")[:-4], {"Content-Encoding": "gzip"}, "the body isn't one whole gzip stream"),
-        (b"{}", {"Content-Encoding": "deflate"}, "the body isn't deflate"),
+        (gzip.compress(b"{}")[:-4], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Compressed"),
+        (gzip.compress(b"{}")[:5], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Compressed"),
+        (gzip.compress(b"{}") + gzip.compress(b" ")[:-4], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not"),
+        (gzip.compress(b"{}") + b"more", {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Not a"),
+        (gzip.compress(b"") * 10_001, {"Content-Encoding": "gzip"}, "the gzip body has more than 10000 members"),
+        (b"{}", {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Not a gzipped file"),
+        (b"{}", {"Content-Encoding": "deflate"}, "the body isn't deflate, or not all of it: Error -3"),
+        (
+            zlib.compress(b"{}")[:-3],
+            {"Content-Encoding": "deflate"},
+            "the body isn't deflate, or not all of it: it ends",
+        ),
+        (
+            zlib.compress(b"{}") + b"x",
+            {"Content-Encoding": "deflate"},
+            "the body isn't deflate, or not all of it: it en",
+        ),
     ],
 )
 def test_a_body_that_can_not_be_read_is_refused(
@@ -518,6 +619,13 @@ def test_a_body_that_can_not_be_read_is_refused(
     refused(reply, 400, reply.json()["error"])
 
 
+def test_a_gzip_body_may_have_several_members(client: TestClient) -> None:
+    body, headers = asking(3, 5)
+    members = b"".join(gzip.compress(body[start : start + 50]) for start in range(0, len(body), 50))
+    reply = client.post(INFER, content=members, headers=headers | {"Content-Encoding": "gzip"})
+    assert unpacked(reply)["label"] == ["grey-3", "grey-5"]
+
+
 def test_bytes_that_are_not_those_of_the_description_are_refused(client: TestClient) -> None:
     question = {"inputs": [tensor(1, parameters={"binary_data_size": 64})]}
     body, headers = packed(question, pixels(1) + b"more")
@@ -526,6 +634,13 @@ def test_bytes_that_are_not_those_of_the_description_are_refused(client: TestCli
     question = {"inputs": [tensor(2, parameters={"binary_data_size": 64})]}
     body, headers = packed(question, pixels(1))
     error = "input 'pixels' of the shape [2, 1, 8, 8] takes 128 bytes, not 64"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
+def test_millions_of_empty_strings_are_refused_after_the_first(client: TestClient) -> None:
+    behind = bytes(8_000_000)
+    body, headers = packed({"inputs": [PICTURES | {"parameters": {"binary_data_size": len(behind)}}]}, behind)
+    error = "input 'pictures' holds more than 1 pictures; its shape says 1"
     refused(client.post(INFER, content=body, headers=headers), 400, error)
 
 
