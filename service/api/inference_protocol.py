@@ -23,6 +23,7 @@ from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
 from service.api.direct import Direct
+from service.api.predictions import provenance
 from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
 from service.telemetry import figures
@@ -286,7 +287,9 @@ async def _infer(request: Request, registry: Registry, entry: Entry, body: bytes
     computed = await predictor.compute(pictures, begun + seconds, whole=True)  # there is no place for one's own error
     answered = question, manifest, computed.rows(), accepted(request.headers.get("accept-encoding", ""))
     is_long = len(pictures) * len(manifest.classes) > WRITTEN_AT_ONCE
-    return await asyncio.to_thread(_reply, *answered) if is_long else _reply(*answered)
+    reply = await asyncio.to_thread(_reply, *answered) if is_long else _reply(*answered)
+    reply.headers.update(provenance(request, manifest, computed.seconds))
+    return reply
 
 
 def _head_bytes(request: Request) -> int | None:
