@@ -184,6 +184,8 @@ def _part_of(tensor: Input, sent: list[Input], behind: bytes) -> bytes:
 
 def _check_parameters(question: Question) -> None:
     """Raises TensorInvalid for what would be wrong to pass over."""
+    if question.id is not None and "\0" in question.id:
+        raise TensorInvalid("`id` holds a null character; send one without")
     places: list[BaseModel] = [question.parameters]
     places += [tensor.parameters for tensor in question.inputs]
     places += [output.parameters for output in question.outputs]
@@ -200,7 +202,7 @@ def _pixels(tensor: Input, behind: bytes, spec: InputSpec, max_images: int) -> P
         wanted = ", ".join(map(str, spec.shape))
         raise TensorInvalid(f"input {PIXELS!r} has the shape {list(shape)}; the model takes [N, {wanted}]")
     if tensor.datatype not in PIXEL_TYPES:
-        raise TensorInvalid(f"input {PIXELS!r} is {tensor.datatype[:20]}; the model takes UINT8, or FP32 of 0 to 255")
+        raise TensorInvalid(f"input {PIXELS!r} is {tensor.datatype[:20]!r}; the model takes UINT8, or FP32 of 0 to 255")
     kind = PIXEL_TYPES[tensor.datatype]
     values = _from_json(tensor, shape) if tensor.data is not None else _from_memory(behind, kind, shape)
     if values.dtype != np.uint8:
@@ -239,7 +241,7 @@ def _pictures(tensor: Input, behind: bytes, max_images: int) -> list[Picture]:
     """Encoded pictures [N] or [N, 1]: as they are, or in JSON as base64."""
     shape = tensor.shape
     if tensor.datatype != "BYTES":
-        raise TensorInvalid(f"input {PICTURES!r} is {tensor.datatype[:20]}; it must be BYTES: encoded pictures")
+        raise TensorInvalid(f"input {PICTURES!r} is {tensor.datatype[:20]!r}; it must be BYTES: encoded pictures")
     if len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
         raise TensorInvalid(f"input {PICTURES!r} has the shape {shape}; it must be [N] or [N, 1]")
     count = _count(shape[0], max_images)

@@ -5,6 +5,7 @@ import base64
 import gzip
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype, tri
 from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade
 
 LEVELS = (3, 9, 15)
+MISFITS = {("pictures", False), ("base64", True)}  # a file is no text; and in binary it needs no base64
 
 
 def greys(*levels: int, kind: str = "uint8") -> np.ndarray:
@@ -58,10 +60,6 @@ def as_input(values: np.ndarray, *, binary: bool = True) -> triton.InferInput:
     return tensor.set_data_from_numpy(values, binary_data=binary)
 
 
-def pictures(*levels: int) -> np.ndarray:
-    return np.array([grey(level) for level in levels], dtype=np.object_)
-
-
 # --- tritonclient ---
 
 
@@ -84,50 +82,115 @@ def test_tritonclient_finds_what_is_there(client: triton.InferenceServerClient) 
         assert described["shape"] == [-1, *configured["dims"]]
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float32", "pictures"])
-def test_tritonclient_gets_the_same_bytes_whatever_the_form(client: triton.InferenceServerClient, kind: str) -> None:
-    values = pictures(*LEVELS) if kind == "pictures" else greys(*LEVELS, kind=kind)
-    expected = client.infer("greys", [as_input(greys(*LEVELS))]).as_numpy("logits")
-    packing = [None, "gzip", "deflate"]
-    for binary_in, binary_out, sent, back in itertools.product([True, False], [True, False], packing, packing):
-        if kind == "pictures" and not binary_in:
-            continue  # the client sends strings as text; pictures are none
-        outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("logits", "label")]
-        result = client.infer(
+KINDS = ["uint8", "float32", "pictures", "base64"]  # the last is what the client takes for text: strings in JSON
+EIGHT = (3, 9, 15, 0, 7, 12, 1, 4)  # as many make an answer long enough to be packed
+PACKINGS = [None, "gzip", "deflate"]
+
+
+def values(kind: str, *levels: int) -> np.ndarray:
+    if kind in ("uint8", "float32"):
+        return greys(*levels, kind=kind)
+    encoded = [grey(level) for level in levels]
+    return np.array([base64.b64encode(one) for one in encoded] if kind == "base64" else encoded, dtype=np.object_)
+
+
+@pytest.fixture(scope="module")
+def telling(server: Server) -> Iterator[triton.InferenceServerClient]:
+    """A client that prints what it gets, headers too."""
+    with triton.InferenceServerClient(server.url.removeprefix("http://"), verbose=True) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("kind", "binary_in"),
+    [(kind, binary) for kind in KINDS for binary in (True, False) if (kind, binary) not in MISFITS],
+)
+@pytest.mark.parametrize("out", ["binary", "json", "classification", "binary classification"])
+def test_tritonclient_gets_the_same_answer_whatever_the_form_and_packing(
+    telling: triton.InferenceServerClient, capsys: pytest.CaptureFixture[str], kind: str, binary_in: bool, out: str
+) -> None:
+    sent = as_input(values(kind, *EIGHT), binary=binary_in)
+    expected = telling.infer("greys", [as_input(greys(*EIGHT))])
+    best = {"class_count": 3} if "classification" in out else {}
+    outputs = [triton.InferRequestedOutput("logits", binary_data="binary" in out, **best)]
+    outputs.append(triton.InferRequestedOutput("label", binary_data="binary" in out))
+    for packed, back in itertools.product(PACKINGS, PACKINGS):
+        capsys.readouterr()
+        result = telling.infer(
             "greys",
-            [as_input(values, binary=binary_in)],
+            [sent],
             outputs=outputs,
             request_id="7",
-            request_compression_algorithm=sent,
+            request_compression_algorithm=packed,
             response_compression_algorithm=back,
         )
-        assert result.as_numpy("logits").tobytes() == expected.tobytes()
-        assert result.as_numpy("label").shape == (3, 1)
-        assert [_text(label) for label in result.as_numpy("label").ravel()] == [GREYS[level] for level in LEVELS]
+        (told,) = re.findall(r"^<HTTPSocketPoolResponse .*", capsys.readouterr().out, re.M)
+        assert re.findall(r"'content-encoding': '(\w+)'", told, re.I) == ([back] if back else [])
         assert result.get_response()["id"] == "7"
-    assert expected.argmax(1).tolist() == list(LEVELS)
+        assert texts(result.as_numpy("label")) == [[GREYS[level]] for level in EIGHT]
+        if best:
+            assert texts(result.as_numpy("logits")) == best_of(expected.as_numpy("logits"), 3)
+        else:
+            assert result.as_numpy("logits").tobytes() == expected.as_numpy("logits").tobytes()
 
 
-def _text(label: bytes | str) -> str:
-    return label.decode() if isinstance(label, bytes) else label
+def texts(strings: np.ndarray) -> list[list[str]]:
+    """[N, K]; the client has bytes where they were binary."""
+    return [[one.decode() if isinstance(one, bytes) else one for one in row] for row in strings]
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_tritonclient_gets_the_best_classes(client: triton.InferenceServerClient, binary: bool) -> None:
-    outputs = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
-    options = {"priority": 1, "timeout": 5_000_000}
-    found = client.infer("greys", [as_input(greys(*LEVELS))], outputs=outputs, **options).as_numpy("probabilities")
-    assert found.shape == (3, 3)
-    assert [_text(row[0]).split(":")[1:] for row in found] == [[str(level), GREYS[level]] for level in LEVELS]
+def best_of(logits: np.ndarray, count: int) -> list[list[str]]:
+    """As the classification extension writes them: value, index, label."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    return [
+        [f"{row[index]:f}:{index}:{GREYS[index]}" for index in best] for row, best in zip(logits, order, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("count", [1, 3, 32])
-def test_tritonclient_may_send_as_many_as_the_configuration_says(
-    client: triton.InferenceServerClient, count: int
+@pytest.mark.parametrize(
+    ("kind", "binary"),
+    [(kind, binary) for kind in KINDS for binary in (True, False) if (kind, binary) not in MISFITS],
+)
+def test_tritonclient_may_send_as_many_as_the_configuration_says_and_not_one_more(
+    client: triton.InferenceServerClient, kind: str, binary: bool
 ) -> None:
-    assert client.get_model_config("greys")["max_batch_size"] == 32
-    levels = [place % 16 for place in range(count)]
-    assert client.infer("greys", [as_input(greys(*levels))]).as_numpy("logits").argmax(1).tolist() == levels
+    most = client.get_model_config("greys")["max_batch_size"]
+    assert most == 32
+    for count in (1, 3, most):
+        levels = [place % 16 for place in range(count)]
+        found = client.infer("greys", [as_input(values(kind, *levels), binary=binary)]).as_numpy("logits")
+        assert found.argmax(1).tolist() == levels
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer("greys", [as_input(values(kind, *[1] * (most + 1)), binary=binary)])
+    assert (caught.value.status(), caught.value.message()) == (
+        "413",
+        "33 pictures in one request; the limit is 32: send several requests",
+    )
+
+
+def test_tritonclient_s_priority_and_timeout_are_taken(client: triton.InferenceServerClient) -> None:
+    found = client.infer("greys", [as_input(greys(*LEVELS))], priority=1, timeout=5_000_000)
+    assert found.as_numpy("logits").argmax(1).tolist() == list(LEVELS)
+
+
+def test_tritonclient_finds_what_was_counted(client: triton.InferenceServerClient) -> None:
+    def counted(*which: str) -> dict[tuple[str, str], tuple[int, int]]:
+        found = client.get_inference_statistics(*which)["model_stats"]
+        return {
+            (one["name"], one["version"]): (one["inference_count"], one["inference_stats"]["success"]["count"])
+            for one in found
+        }
+
+    every = {("greys", "1"), ("greys", "2"), ("other", "1")}
+    before = counted()
+    assert before.keys() == every
+    for _ in range(2):
+        client.infer("greys", [as_input(greys(*LEVELS))], model_version="2")
+    pictures, requests = before["greys", "2"]
+    grown = {("greys", "2"): (pictures + 6, requests + 2)}
+    assert counted() == before | grown
+    assert counted("greys") == {key: found for key, found in (before | grown).items() if key[0] == "greys"}
+    assert counted("greys", "2") == grown
 
 
 def test_tritonclient_is_told_what_was_wrong(client: triton.InferenceServerClient) -> None:
@@ -283,7 +346,7 @@ def test_perf_analyzer_s_default_mode_fills_every_input_and_is_answered(
 
 def test_perf_analyzer_may_be_given_pictures(busy_client: triton.InferenceServerClient) -> None:
     analyzer = PerfAnalyzer(busy_client, "greys", 2)
-    grown = analyzer.run(8, analyzer.inputs({"pictures": pictures(3, 5).reshape(2, 1)}))
+    grown = analyzer.run(8, analyzer.inputs({"pictures": values("pictures", 3, 5).reshape(2, 1)}))
     assert (grown["inference_count"], grown["success"], grown["fail"]) == (16, 8, 0)
 
 
@@ -313,12 +376,18 @@ def test_kserve_finds_what_is_there(server: Server, protocol: str) -> None:
     asked(server.url, protocol, work)
 
 
+@pytest.mark.parametrize("binary_out", [True, False])
 @pytest.mark.parametrize("binary", [True, False])
-def test_kserve_gets_tensors(server: Server, binary: bool) -> None:
+def test_kserve_gets_tensors(server: Server, binary: bool, binary_out: bool) -> None:
     async def work(client: InferenceRESTClient, url: str) -> Any:
         tensor = InferInput("pixels", [3, *SPEC.shape], "UINT8")
         tensor.set_data_from_numpy(greys(*LEVELS), binary_data=binary)
-        return await client.infer(url, InferRequest("greys", [tensor], request_id="7"), model_name="greys")
+        said = {"binary_data_output": True} if binary_out else None
+        request = InferRequest("greys", [tensor], request_id="7", parameters=said)
+        headers: dict[str, str] = {}
+        answered = await client.infer(url, request, model_name="greys", response_headers=headers)
+        assert ("inference-header-content-length" in headers) is binary_out
+        return answered
 
     found = asked(server.url, "v2", work)
     assert (found.model_name, found.id) == ("greys", "7")

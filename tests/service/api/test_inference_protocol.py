@@ -24,8 +24,11 @@ from tests.tiny import GREYS, POISON, SPEC, Fragile, Greys, flip_a_bit, grey, ma
 from training import __version__
 from training.bundle.manifest import MODULE
 
+ARTIFACTS = Path(__file__).parents[3] / "artifacts"
+PNG = {"Content-Type": "image/png"}
 INFER = "/v2/models/greys/infer"
 HEAD = "Inference-Header-Content-Length"
+PICTURES = {"name": "pictures", "datatype": "BYTES", "shape": [1]}
 
 
 def pixels(*levels: int, kind: str = "<u1") -> bytes:
@@ -54,6 +57,13 @@ def asking(
     behind = pixels(*levels)
     question = {"inputs": [tensor(len(levels), parameters={"binary_data_size": len(behind)})], "parameters": parameters}
     return packed(question | ({"outputs": outputs} if outputs else {}), behind)
+
+
+def binary(*pictures: bytes) -> tuple[bytes, dict[str, str]]:
+    """A question about encoded pictures, behind the JSON."""
+    behind = strings(*pictures)
+    described = PICTURES | {"shape": [len(pictures)], "parameters": {"binary_data_size": len(behind)}}
+    return packed({"inputs": [described]}, behind)
 
 
 def unpacked(response: Response) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def test_every_way_to_send_the_same_pixels_gets_the_same_bytes(client: TestClien
 
 
 def test_the_answer_is_that_of_predict(client: TestClient) -> None:
-    ranked = client.post("/predict?top_k=16", content=grey(9), headers={"Content-Type": "image/png"}).json()
+    ranked = client.post("/predict?top_k=16", content=grey(9), headers=PNG).json()
     expected = {score["label"]: score["probability"] for score in ranked["predictions"][0]["scores"]}
     body, headers = asking(9)
     probabilities = unpacked(client.post(INFER, content=body, headers=headers))["probabilities"][0]
@@ -394,7 +404,6 @@ def test_as_many_pictures_as_the_limit_and_not_one_more(settings: Settings) -> N
 
 # --- what is wrong with a request ---
 
-PICTURES = {"name": "pictures", "datatype": "BYTES", "shape": [1]}
 WRONG: dict[str, tuple[Any, int, str]] = {
     "a wrong shape": (
         {"inputs": [tensor(1, data=[1] * 64) | {"shape": [1, 8, 8, 1]}]},
@@ -409,12 +418,12 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "another type": (
         {"inputs": [tensor(1, "INT64", data=[1] * 64)]},
         400,
-        "input 'pixels' is INT64; the model takes UINT8, or FP32 of 0 to 255",
+        "input 'pixels' is 'INT64'; the model takes UINT8, or FP32 of 0 to 255",
     ),
     "half precision in JSON": (
         {"inputs": [tensor(1, "FP16", data=[1] * 64)]},
         400,
-        "input 'pixels' is FP16; the model takes UINT8, or FP32 of 0 to 255",
+        "input 'pixels' is 'FP16'; the model takes UINT8, or FP32 of 0 to 255",
     ),
     "an unknown input": (
         {"inputs": [tensor(1, data=[1] * 64) | {"name": "image"}]},
@@ -502,10 +511,35 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "pictures of another type": (
         {"inputs": [PICTURES | {"datatype": "UINT8", "data": [1]}]},
         400,
-        "input 'pictures' is UINT8; it must be BYTES: encoded pictures",
+        "input 'pictures' is 'UINT8'; it must be BYTES: encoded pictures",
     ),
     "no inputs": ({"inputs": []}, 400, "inputs: List should have at least 1 item after validation, not 0"),
     "no object": ([1], 400, None),
+    "a null in an input's name": (
+        {"inputs": [tensor(1, data=[1] * 64) | {"name": "pixels\0"}]},
+        400,
+        "a request has one input, 'pixels' or 'pictures'; this one has ['pixels\\x00']",
+    ),
+    "a null in an output's name": (
+        {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "\0logits"}]},
+        400,
+        "there is no output '\\x00logits'; there is probabilities, logits, label",
+    ),
+    "a null in a type": (
+        {"inputs": [tensor(1, "UINT8\0", data=[1] * 64)]},
+        400,
+        "input 'pixels' is 'UINT8\\x00'; the model takes UINT8, or FP32 of 0 to 255",
+    ),
+    "a null in an id": (
+        {"id": "7\0", "inputs": [tensor(1, data=[1] * 64)]},
+        400,
+        "`id` holds a null character; send one without",
+    ),
+    "a null in base64": (
+        {"inputs": [PICTURES | {"data": ["AA\0AA"]}]},
+        400,
+        "the picture isn't base64: Only base64 data is allowed; send the file's bytes in base64 or as a data URI",
+    ),
     "data in both places": (
         {"inputs": [tensor(1, data=[1] * 64, parameters={"binary_data_size": 0})]},
         400,
@@ -672,6 +706,14 @@ def test_a_bomb_is_not_unpacked(settings: Settings) -> None:
         refused(reply, 415, "content encoding br isn't read here; send gzip, deflate or none")
 
 
+@pytest.mark.parametrize("content", [b"\0", b"\0" + grey(3), grey(3).replace(b"IHDR", b"\0HDR")])
+def test_a_null_in_a_picture_is_a_byte_like_any_other(client: TestClient, content: bytes) -> None:
+    assert grey(3).count(b"\0") > 10
+    body, headers = binary(content)
+    error = "this is no image of a format that is read here; send one of PNG, JPEG, WEBP, GIF, BMP, TIFF"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
 def test_of_many_pictures_the_bad_one_is_named(client: TestClient) -> None:
     behind = strings(grey(1), b"no picture", grey(2))
     inputs = [PICTURES | {"shape": [3], "parameters": {"binary_data_size": len(behind)}}]
@@ -728,13 +770,6 @@ def test_statistics_count_pictures_batches_and_where_the_time_went(client: TestC
     assert min(times.values()) > 0
     assert sum(times[name] for name in STAGES[1:]) == pytest.approx(times["success"], rel=1e-6)
     assert client.get("/v2/models/greys/stats").json() == client.get("/v2/models/stats").json()
-
-
-def binary(*pictures: bytes) -> tuple[bytes, dict[str, str]]:
-    """A question about encoded pictures, behind the JSON."""
-    behind = strings(*pictures)
-    described = PICTURES | {"shape": [len(pictures)], "parameters": {"binary_data_size": len(behind)}}
-    return packed({"inputs": [described]}, behind)
 
 
 @pytest.mark.parametrize(
@@ -814,9 +849,7 @@ def test_a_model_that_is_unloaded_answers_nobody_until_it_is_loaded(settings: Se
         error = "model greys is unloaded; let it answer again: POST /v2/repository/models/greys/load"
         for path in (INFER, "/v2/models/greys/versions/1/infer"):
             refused(client.post(path, content=body, headers=headers), 404, error)
-        assert client.post("/predict", content=grey(1), headers={"Content-Type": "image/png"}).json()["code"] == (
-            "model_unloaded"
-        )
+        assert client.post("/predict", content=grey(1), headers=PNG).json()["code"] == ("model_unloaded")
         ready = client.get("/v2/models/greys/ready")
         assert (ready.status_code, ready.json()) == (503, {"name": "greys", "ready": False, "error": error})
         assert client.get("/v2/health/ready").status_code == 503
