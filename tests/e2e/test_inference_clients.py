@@ -6,7 +6,6 @@ import gzip
 import itertools
 import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from openai import OpenAI
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
-from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade
+from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade, until_all_are_verified
 
 LEVELS = (3, 9, 15)
 MISFITS = {("pictures", False), ("base64", True)}  # a file is no text; and in binary it needs no base64
@@ -37,15 +36,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(root / "artifacts", root, default_model="greys", max_images="32") as server:
         until_all_are_verified(server)
         yield server
-
-
-def until_all_are_verified(server: Server) -> None:
-    """It answers once the default model is; the others follow."""
-    deadline = time.monotonic() + 60
-    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
-        while any(found["state"] == "LOADING" for found in client.get_model_repository_index()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 @pytest.fixture
