@@ -156,7 +156,7 @@ def _statistics(entry: Entry) -> dict[str, Any]:
     """From the metrics, so that there is one count of everything; what of it is counted where, as Triton has it.
 
     Refused tensors and a full queue are neither success nor failure. An answer from the cache has waited and succeeded,
-    but not been computed.
+    but not been computed; its share of what no stage took isn't told.
     """
     counted = figures(entry.ref.model, entry.ref.version)
 
@@ -181,7 +181,7 @@ def _statistics(entry: Entry) -> dict[str, Any]:
             "queue": {"count": succeeded, "ns": stages["queue"]["ns"]},
             "compute_input": {"count": computed, "ns": stages["decode"]["ns"]},
             "compute_infer": stages["infer"],
-            "compute_output": {"count": computed, "ns": rest},
+            "compute_output": {"count": computed, "ns": rest * computed // max(1, succeeded)},
             "cache_hit": cache["hit"],
             "cache_miss": cache["miss"],
         },
