@@ -24,7 +24,6 @@ from service.lifecycle import Lifecycle, drain_on_sigterm, seldom_collected
 from service.settings import Settings
 from training import SafelightError, __version__
 from training.devices import choose_device, each_of
-from training.processors import processors
 from training.ram import memory
 
 GRACE_SECONDS = 10.0  # a training process ends within two at its next step; more on a busy machine
@@ -100,7 +99,7 @@ def engine_limits(settings: Settings) -> Limits:
     """What one worker may use. Raises DeviceUnavailable."""
     return Limits(
         device=choose_device(settings.device),
-        threads=settings.threads or max(1, processors() // settings.workers),
+        threads=settings.threads_each,
         max_batch=settings.max_batch,
         queue_size=settings.queue_size,
         max_pixels=settings.max_image_pixels,

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from training import SafelightError
 from training.bundle.manifest import ModelName
+from training.processors import processors
 
 PREFIX = "SAFELIGHT_"
 
@@ -130,6 +131,11 @@ class Settings(BaseSettings):
         if self.queue_size < self.max_images:
             raise ValueError(f"queue_size {self.queue_size} can't hold one request of max_images {self.max_images}")
         return self
+
+    @property
+    def threads_each(self) -> int:
+        """Of one worker's engine, and as many to decode in."""
+        return self.threads or max(1, processors() // self.workers)
 
     @classmethod
     def read(cls) -> Self:

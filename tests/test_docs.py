@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from docs import generate
-from tests.tiny import Server, pictures, serving, zipped
+from tests.tiny import Server, pictures, serving, until_all_are_verified, zipped
 from training import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "artifacts", folder / "artifacts")
     with serving(folder / "artifacts", folder, concurrent_jobs="0", deadline_seconds="60") as server:
+        until_all_are_verified(server)
         yield server
 
 

@@ -63,7 +63,7 @@ ALLOWED = {
     "service.errors": {"training"},
     "service.telemetry": set(),
     "service.lifecycle": set(),
-    "service.settings": {"training", "training.bundle"},
+    "service.settings": {"training", "training.bundle", "training.processors"},
     "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle"},
     "service.jobs": {
         "service.errors",
@@ -86,7 +86,7 @@ ALLOWED = {
         "training.events",
     },
     "service.client": {"service.api", "service.jobs"},
-    "service.app": {"service", "training", "training.devices", "training.processors", "training.ram"},
+    "service.app": {"service", "training", "training.devices", "training.ram"},
     "service.__main__": {"service", "training", "training.devices"},
 }
 

@@ -140,10 +140,9 @@ async def answer(
 
 
 def _reply(request: Request, manifest: Manifest, answered: Answered) -> Response:
-    """The answer in JSON, with its timings and the weights' digest beside it."""
+    """The answer in JSON."""
     outcomes = answered.outcomes
-    timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in answered.seconds.items())
-    request.state.log["timing"] = timing
+    headers = provenance(request, manifest, answered.seconds)
     if len(outcomes) == 1 and isinstance(outcomes[0], SafelightError):
         raise outcomes[0]
     content = {
@@ -151,8 +150,15 @@ def _reply(request: Request, manifest: Manifest, answered: Answered) -> Response
         "version": manifest.version,
         "predictions": [prediction(outcome, request.state.request_id) for outcome in outcomes],
     }
-    headers = {"Server-Timing": timing, "X-Weights-SHA256": manifest.weights_sha256}
     return Response(to_json(content), media_type="application/json", headers=headers)
+
+
+def provenance(request: Request, manifest: Manifest, seconds: dict[str, float]) -> dict[str, str]:
+    """What the reply of every prediction says of it: how long each stage took, as its log line does, and which weights
+    answered."""
+    timing = ", ".join(f"{stage};dur={taken * 1000:.2f}" for stage, taken in seconds.items())
+    request.state.log["timing"] = timing
+    return {"Server-Timing": timing, "X-Weights-SHA256": manifest.weights_sha256}
 
 
 def prediction(outcome: Answer | SafelightError, request_id: str) -> dict[str, Any]:

@@ -134,6 +134,11 @@ class Registry:
 
     # --- asking ---
 
+    @property
+    def loaded(self) -> dict[BundleRef, Predictor]:
+        entries = [entry for line in self.lines.values() for entry in line.entries.values()]
+        return {entry.ref: entry.predictor for entry in entries if entry.predictor}
+
     async def predictor(self, entry: Entry, deadline: float | None = None) -> Predictor:
         """The predictor of a version, loaded if it isn't, by a deadline in the event loop's time.
 

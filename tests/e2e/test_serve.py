@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from service.__main__ import main
 from tests.tiny import Greys, Pair, Server, Slow, grey, make_bundle, reseal, serving
+from training.processors import processors
 
 PNG = {"Content-Type": "image/png"}
 
@@ -240,6 +241,30 @@ def test_it_listens_on_ipv6_too(artifacts: Path, tmp_path: Path) -> None:
         assert server.url.startswith("http://[::1]:")
         reply = httpx.post(f"{server.url}/predict", content=grey(5), headers=PNG).json()
         assert reply["predictions"][0]["label"] == "grey-5"
+
+
+def test_it_says_at_the_start_what_it_derived_from_the_machine(artifacts: Path, tmp_path: Path) -> None:
+    with serving(artifacts, tmp_path, default_model="greys") as server:
+        _, derived = said(server)
+        info = httpx.get(f"{server.url}/info").json()
+    threads = "1 thread" if processors() == 1 else f"{processors()} threads"
+    assert derived == f"1 worker, {threads}, greys@1: {info['engines'][0]['engine']}"
+    assert (info["workers"], info["threads"]) == (1, processors())
+
+
+def test_several_workers_divide_the_machine_and_say_so(artifacts: Path, tmp_path: Path) -> None:
+    with serving(artifacts, tmp_path, "--workers", "2", default_model="greys") as server:
+        _, derived = said(server)
+        info = httpx.get(f"{server.url}/info").json()
+    each = max(1, processors() // 2)
+    assert derived == f"2 workers, {'1 thread' if each == 1 else f'{each} threads'}, each chooses its engines"
+    assert (info["workers"], info["threads"]) == (2, each)
+
+
+def said(server: Server) -> list[str]:
+    """What it printed after its address."""
+    assert server.process.stdout is not None
+    return [server.process.stdout.readline().strip() for _ in range(2)]
 
 
 def test_workers_that_cannot_start_end_with_one_sentence(artifacts: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import asyncio
+import base64
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,23 +37,38 @@ def test_a_request_id_is_made_unless_a_decent_one_is_offered(client: TestClient)
         assert (response.headers["x-request-id"] == offered) is taken
 
 
-def test_one_line_tells_of_each_request(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+INFER, OLDER = "/v2/models/greys/infer", "/v1/models/greys:predict"
+ONE_PICTURE = {  # by path: a body and its headers
+    "/predict": (grey(3), PNG),
+    INFER: (grey(3), {"Inference-Header-Content-Length": "0"}),
+    OLDER: (json.dumps({"instances": [{"b64": base64.b64encode(grey(3)).decode()}]}).encode(), {}),
+}
+
+
+@pytest.mark.parametrize("path", ONE_PICTURE)
+def test_one_line_tells_of_each_request_and_its_reply_of_timings_and_weights(
+    client: TestClient, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
     caplog.set_level(logging.INFO, "safelight")
-    client.post("/predict", content=grey(3), headers=PNG | {"X-Request-ID": "r-1"})
+    content, headers = ONE_PICTURE[path]
+    reply = client.post(path, content=content, headers=headers | {"X-Request-ID": "r-1"})
     (record,) = [record for record in caplog.records if record.getMessage() == "request"]
     facts = vars(record)
     expected = {
         "request_id": "r-1",
         "method": "POST",
-        "path": "/predict",
+        "path": path,
         "status": 200,
         "model": "greys",
         "version": "1",
         "images": 1,
+        "timing": reply.headers["server-timing"],
     }
     assert {key: facts[key] for key in expected} == expected
     assert facts["ms"] > 0
-    assert facts["timing"].startswith("decode;dur=")
+    assert re.fullmatch(r"decode;dur=\d+\.\d\d, queue;dur=\d+\.\d\d, infer;dur=\d+\.\d\d", facts["timing"])
+    manifest = client.get("/models/greys/versions/1").json()["manifest"]
+    assert reply.headers["x-weights-sha256"] == manifest["files"]["checkpoint.safetensors"]["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +170,7 @@ def test_a_refusal_for_want_of_room_is_logged_with_its_model_and_all_are_counted
     assert counted() - before == 3
 
 
-@pytest.mark.parametrize("path", ["/predict", "/v2/models/greys/infer"])
+@pytest.mark.parametrize("path", ONE_PICTURE)
 def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings, path: str) -> None:
     sent: list[Message] = []
 
@@ -173,8 +190,11 @@ def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings
     assert sent[0]["status"] == 429
     assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
     said = json.loads(sent[1]["body"])
+    if path == OLDER:
+        said = said["error"]
     assert said["code"] == "queue_full"
-    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in (said.get("detail") or said["error"])
+    told = said[{"/predict": "detail", INFER: "error", OLDER: "message"}[path]]
+    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in told
 
 
 def test_what_nobody_caught_is_a_plain_500_without_a_trace(
