@@ -5,10 +5,12 @@
 # make docs      write the generated parts of the documentation anew
 # make bench-serving  measure serving beside a plain FastAPI endpoint
 # make bench-peers    measure it beside other model servers (sets them up first: 6 GB in PEERS, a quarter of an hour)
+# make bench-stages   what a request costs beside the engine, by stage
 # make load      open-loop arrivals at half and 80 % of the peak, pass or fail
 # make overload  twice the peak for a minute, pass or fail
 # make soak      a million requests: memory, descriptors, threads, pass or fail
 # make start     from process to first good answer beside `import torch`, pass or fail
+# make targets   write what these found beside the targets into README.md and docs/performance.md
 # make image     build the container with docker, podman or buildah
 # make lock      resolve the dependencies anew
 
@@ -18,14 +20,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # What the container engine is told beyond that: secrets, isolation (docs/container.md)
 IMAGE_OPTIONS ?=
-# Where the servers that Safelight is measured beside are kept, and options of `python -m benchmarks.peers`
+# Where the servers that Safelight is measured beside are kept, and options of bench-peers and bench-stages
 PEERS ?= .bench/peers
 BENCH ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: setup serve test check docs train bench-serving bench-peers load overload soak start image lock
+.PHONY: setup serve test check docs train bench-serving bench-peers bench-stages load overload soak start targets image lock
 
 setup: .venv/dev
 
@@ -55,6 +57,9 @@ bench-peers: .venv/dev
 	PEERS=$(PEERS) PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) sh benchmarks/peers/setup.sh
 	$(BIN)/python -m benchmarks.peers --home $(PEERS) $(BENCH)
 
+bench-stages: .venv/dev
+	$(BIN)/python -m benchmarks.stages $(BENCH)
+
 load: .venv/dev
 	$(BIN)/python -m benchmarks.load open
 
@@ -66,6 +71,9 @@ soak: .venv/dev
 
 start: .venv/dev
 	$(BIN)/python -m benchmarks.load start
+
+targets: .venv/dev
+	$(BIN)/python -m benchmarks.targets --docs
 
 # The first engine that works: a docker client without its daemon is passed over. BUILDAH_FORMAT, because the OCI format
 # (podman's and buildah's own) has no place for the health check.

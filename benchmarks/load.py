@@ -5,7 +5,8 @@
     python -m benchmarks.load soak       a million requests of every form: memory, descriptors, threads
     python -m benchmarks.load start      from the start of the process to the first good answer, beside `import torch`
 
-Each starts a server of its own with the shipped models and default settings. The rules, and a run: docs/load.md.
+Each starts a server of its own with the shipped models and default settings, and leaves its verdicts for
+`python -m benchmarks.targets`. The rules, and a run: docs/load.md.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.openloop import Client, Load, Outcome, poisson, post
-from benchmarks.serving import BOUNDARY, ROOT, bodies, processor, wait_until_it_answers, wrk
+from benchmarks.peers import forms
+from benchmarks.serving import BOUNDARY, MODELS, ROOT, bodies, processor, wait_until_it_answers, wrk
+from benchmarks.targets import RESULTS, Verdict, save
 from training.processors import processors
 
 CONNECTIONS = 64
@@ -50,13 +53,6 @@ START = 1.5  # times `import torch`
 FORM = f"multipart/form-data; boundary={BOUNDARY}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    rule: str
-    found: str
-    passed: bool
-
-
 def main() -> None:
     options = parse()
     if not shutil.which("wrk") and options.scenario in ("open", "overload"):
@@ -70,18 +66,24 @@ def main() -> None:
     whole = time.perf_counter() - begun
     busy = whole * (os.cpu_count() or 1) - (idle_seconds() - idle)
     others = busy - (sum(os.times()[:4]) - sum(ours[:4]))  # ours: this process, and its children that have ended
-    print(f"- other programs took {max(0.0, others) / whole:.0%} of one processor meanwhile")
+    told = f"other programs took {max(0.0, others) / whole:.0%} of one processor meanwhile"
+    print(f"- {told}")
+    extent = {"soak": f"{options.count:,} requests", "start": f"n = {options.repetitions}"}
+    how_much = extent.get(options.scenario, f"{options.seconds:g} s a load")
+    machine = f"{processor()}, {processors()} processors shared with the client"
+    save(options.scenario, verdicts, f"{machine}; {how_much}; {told}", options.results)
     sys.exit(not all(verdict.passed for verdict in verdicts))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("--model", default="cifar10", choices=("cifar10", "mnist"), help="of open and overload")
+    parser.add_argument("--model", choices=MODELS, help="cifar10 for open and overload, both for start if left out")
     parser.add_argument("--seconds", type=float, default=60, help="of each load of open and overload")
     parser.add_argument("--count", type=int, default=1_000_000, help="requests of soak")
     parser.add_argument("--repetitions", type=int, default=7, help="of start")
     parser.add_argument("--trace", type=Path, help="soak: write every sample to this file, one JSON object a line")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to leave the verdicts")
     return parser.parse_args()
 
 
@@ -172,20 +174,28 @@ def soak(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
 
 
 def start(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
-    picture = bodies(folder, "mnist")[0][0].read_bytes()
-    torch, ours = [], []
+    models = [options.model] if options.model else list(MODELS)
+    requests = {
+        model: post(f"/predict?model={model}", bodies(folder, model)[0][0].read_bytes(), FORM) for model in models
+    }
+    torch: list[float] = []
+    ours: dict[str, list[float]] = {model: [] for model in models}
     for repetition in range(options.repetitions + 1):
         torch.append(timed(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)))
-        begun = time.perf_counter()
-        with running(folder, wait=False) as server:
-            server.until_good(post("/predict", picture, FORM))
-            ours.append(time.perf_counter() - begun)
+        for model, request in requests.items():
+            begun = time.perf_counter()
+            with running(folder, wait=False) as server:
+                server.until_good(request)
+                ours[model].append(time.perf_counter() - begun)
         if repetition == 0:  # it read the files from the disk
-            torch.clear()
-            ours.clear()
-    print(f"- import torch: {spread(torch)} s; to the first good answer: {spread(ours)} s; n = {options.repetitions}")
-    ratio = statistics.median(ours) / statistics.median(torch)
-    yield Verdict(f"the first good answer comes within {START} times `import torch`", f"{ratio:.2f}", ratio <= START)
+            for seconds in (torch, *ours.values()):
+                seconds.clear()
+    print(f"- import torch: {spread(torch)} s; n = {options.repetitions}")
+    for model, seconds in ours.items():
+        print(f"- to the first good answer of {model}: {spread(seconds)} s")
+        ratio = statistics.median(seconds) / statistics.median(torch)
+        rule = f"the first good answer of {model} comes within {START} times `import torch`"
+        yield Verdict(rule, f"{ratio:.2f} times, {spread(seconds)} s", ratio <= START)
 
 
 SCENARIOS: dict[str, Callable[[Path, argparse.Namespace], Iterator[Verdict]]] = {
@@ -198,12 +208,13 @@ SCENARIOS: dict[str, Callable[[Path, argparse.Namespace], Iterator[Verdict]]] = 
 
 def prepare(folder: Path, server: "Server", options: argparse.Namespace) -> tuple[list[bytes], float]:
     """Requests of one picture each, and the peak that a closed loop finds with them, in requests a second."""
-    path = f"/predict?model={options.model}"
-    singles, _ = bodies(folder, options.model)
+    model = options.model or "cifar10"
+    path = f"/predict?model={model}"
+    singles, _ = bodies(folder, model)
     wrk(server.url + path, singles, CONNECTIONS, 3)  # warm
     runs = [wrk(server.url + path, singles, CONNECTIONS, 5) for _ in range(3)]
     peak = statistics.median(run["rps"] for run in runs)
-    print(f"- peak of {options.model}: {peak:.0f} requests/s (wrk, {CONNECTIONS} connections, 3 x 5 s), ", end="")
+    print(f"- peak of {model}: {peak:.0f} requests/s (wrk, {CONNECTIONS} connections, 3 x 5 s), ", end="")
     print(f"p50 {statistics.median(run['p50_ms'] for run in runs):.0f} ms", flush=True)
     return [post(path, single.read_bytes(), FORM) for single in singles], peak
 
@@ -218,6 +229,8 @@ def mixed(folder: Path) -> tuple[list[bytes], list[int]]:
             (ask(single.read_bytes(), FORM), 200),
             (ask(picture, "image/png"), 200),
             (ask(in_json(picture), "application/json"), 200),
+            (ask_v2(forms.v2_pixels([picture])), 200),
+            (ask_v2(forms.v2_pictures([picture])), 200),
         ]
         if index % 8 == 0:
             asked += [
@@ -225,13 +238,23 @@ def mixed(folder: Path) -> tuple[list[bytes], list[int]]:
                 (ask(b"not a picture", "image/png"), 400),
                 (ask(picture, "image/png", model="dogs"), 404),
                 (ask(in_json(picture, picture, b"not a picture"), "application/json"), 200),
+                (ask_v2(forms.v2_pictures([picture, b"not a picture"])), 400),
+                (ask_v2(forms.v2_pixels([picture] * 3), model="dogs"), 404),
             ]
     asked.append((ask(many.read_bytes(), FORM), 200))
+    asked += [(ask_v2(encode(pictures)), 200) for encode in (forms.v2_pixels, forms.v2_pictures)]
     return [request for request, _ in asked], [status for _, status in asked]
 
 
 def ask(body: bytes, content_type: str, *, model: str = "mnist") -> bytes:
     return post(f"/predict?model={model}", body, content_type)
+
+
+def ask_v2(content: forms.Content, *, model: str = "mnist") -> bytes:
+    """By the Open Inference Protocol, in binary."""
+    headers, body = content
+    kind = headers.pop("Content-Type")
+    return post(f"/v2/models/{model}/infer", body, kind, headers.items())
 
 
 def in_json(*pictures: bytes) -> bytes:

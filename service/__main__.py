@@ -86,16 +86,16 @@ def _serve(settings: Settings) -> int:
         url = f"http://{host}:{listener.getsockname()[1]}"
         if settings.workers == 1:
             gc.disable()  # until it serves: looking through all that is imported, again and again, takes half a second
-            _AnnouncingServer(config, url).run(sockets=_copies(listener, LISTENERS))
+            _AnnouncingServer(config, url, settings).run(sockets=_copies(listener, LISTENERS))
             return 0
         with tempfile.TemporaryDirectory(prefix="safelight-metrics-") as folder:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where workers put their metrics together
-            _run_workers(config, listener, url)
+            _run_workers(config, listener, url, settings)
     return 0
 
 
-def _run_workers(config: uvicorn.Config, listener: socket.socket, url: str) -> None:
-    supervisor = _Workers(config, _copies(listener, max(1, LISTENERS // config.workers)), url)
+def _run_workers(config: uvicorn.Config, listener: socket.socket, url: str, settings: Settings) -> None:
+    supervisor = _Workers(config, _copies(listener, max(1, LISTENERS // config.workers)), url, settings)
     supervisor.run()
     if any(one.exitcode not in (0, -signal.SIGTERM) for one in supervisor.processes):
         raise SafelightError("a worker process couldn't start; the log above has the reason")
@@ -122,22 +122,23 @@ def _copies(listener: socket.socket, count: int) -> list[socket.socket]:
 
 
 class _AnnouncingServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, url: str) -> None:
+    def __init__(self, config: uvicorn.Config, url: str, settings: Settings) -> None:
         super().__init__(config)
-        self._url = url
+        self._url, self._settings = url, settings
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            _announce(self._url)
+            loaded = self.lifespan.state["registry"].loaded.items()
+            _announce(self._url, self._settings, [f"{ref}: {predictor.engine.chosen}" for ref, predictor in loaded])
 
 
 class _Workers(Multiprocess):
     """uvicorn's supervisor, which also says when the first worker answers, and clears up after those that die."""
 
-    def __init__(self, config: uvicorn.Config, listeners: list[socket.socket], url: str) -> None:
+    def __init__(self, config: uvicorn.Config, listeners: list[socket.socket], url: str, settings: Settings) -> None:
         super().__init__(config, listeners)
-        self._url = url
+        self._url, self._settings = url, settings
         self.announced = False
 
     def keep_subprocess_alive(self) -> None:
@@ -150,12 +151,19 @@ class _Workers(Multiprocess):
             self.should_exit.set()  # one that fails before any has answered: the next would fail the same way
         elif self.processes[0].is_ready():
             self.announced = True
-            _announce(self._url)
+            _announce(self._url, self._settings, ["each chooses its engines"])
 
 
-def _announce(url: str) -> None:
+def _announce(url: str, settings: Settings, engines: list[str]) -> None:
+    """Where it is, and what was derived from the machine; /info has more of that."""
     print(f"Safelight answers at {url}, its documentation at {url}/docs. Try:")
-    print(f"  curl -F file=@docs/samples/digit.png '{url}/predict?model=mnist'", flush=True)
+    print(f"  curl -F file=@docs/samples/digit.png '{url}/predict?model=mnist'")
+    counts = _count(settings.workers, "worker"), _count(settings.threads_each, "thread")
+    print(", ".join([*counts, *engines]), flush=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _check(settings: Settings) -> int:

@@ -25,7 +25,7 @@ from service.lifecycle import Lifecycle, drain_on_sigterm, seldom_collected
 from service.settings import Settings
 from training import SafelightError, __version__
 from training.devices import choose_device, each_of
-from training.processors import processors
+from training.ram import memory
 
 GRACE_SECONDS = 10.0  # a training process ends within two at its next step; more on a busy machine
 
@@ -101,7 +101,7 @@ def engine_limits(settings: Settings) -> Limits:
     """What one worker may use. Raises DeviceUnavailable."""
     return Limits(
         device=choose_device(settings.device),
-        threads=settings.threads or max(1, processors() // settings.workers),
+        threads=settings.threads_each,
         max_batch=settings.max_batch,
         queue_size=settings.queue_size,
         max_pixels=settings.max_image_pixels,
@@ -117,12 +117,13 @@ def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, regis
         await registry.follow()
 
     devices = each_of(settings.device)
+    slots = len(devices) if settings.concurrent_jobs is None else settings.concurrent_jobs
     machine = Machine(
         command=[sys.executable, "-m", "training"],
         artifacts=settings.artifacts.resolve(),
         data=settings.data.resolve() if settings.data else None,
         devices=devices,
-        memory_bytes=settings.job_memory_bytes,
+        memory_bytes=settings.job_memory_bytes or memory_share(settings.device, slots),
         job_seconds=settings.job_seconds,
         grace_seconds=GRACE_SECONDS,
         hold_seconds=settings.hold_seconds,
@@ -131,11 +132,19 @@ def new_runner(settings: Settings, jobs: JobStore, datasets: DatasetStore, regis
         jobs,
         settings.state.resolve() / "jobs",
         machine,
-        slots=len(devices) if settings.concurrent_jobs is None else settings.concurrent_jobs,
+        slots=slots,
         keeping=Keeping(checkpoints=settings.keep_checkpoints, jobs=settings.keep_jobs),
         dataset_path=datasets.path,
         published=published,
     )
+
+
+def memory_share(device: str, jobs: int) -> int:
+    """Bytes that one of so many jobs may take, so that serving has the rest; 0, no limit, beside a GPU's drivers.
+
+    Raises DeviceUnavailable.
+    """
+    return memory() * 3 // 4 // max(1, jobs) if choose_device(device).type == "cpu" else 0
 
 
 def dataset_store(settings: Settings, jobs: JobStore) -> DatasetStore:

@@ -26,7 +26,6 @@
   + JobStateConflict       what is asked of a job isn't possible in the state that it is in
   + JobFileNotFound        a file of a job that isn't there: not yet, or with another service
   + JobsFull               no more jobs may wait
-  + NameTaken              the name is that of a model with other classes
   + KeyInvalid             an Idempotency-Key that can't be one
   + KeyReused              an Idempotency-Key that came with another request before
   + KeyInUse               the first request with this Idempotency-Key is still being answered
@@ -166,10 +165,6 @@ class JobFileNotFound(ServiceError):
 
 
 class JobsFull(ServiceError):
-    pass
-
-
-class NameTaken(ServiceError):
     pass
 
 

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from training import SafelightError
 from training.bundle.manifest import ModelName
+from training.processors import processors
 
 PREFIX = "SAFELIGHT_"
 
@@ -108,7 +109,12 @@ class Settings(BaseSettings):
         description="A paused job's process waits so long in memory, to go on at once, or until another job needs its "
         "place; 0: it ends at once.",
     )
-    job_memory_bytes: int = Field(0, ge=0, description="Memory that a job may take; 0: as much as there is.")
+    job_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory that a job may take; 0: three quarters of the machine's or its container's, shared by the "
+        "jobs that run at once, and on a GPU no limit.",
+    )
     keep_checkpoints: float = Field(
         7.0, ge=0, description="Days that a failed job's checkpoint is kept; that of any other goes when it is over."
     )
@@ -125,6 +131,11 @@ class Settings(BaseSettings):
         if self.queue_size < self.max_images:
             raise ValueError(f"queue_size {self.queue_size} can't hold one request of max_images {self.max_images}")
         return self
+
+    @property
+    def threads_each(self) -> int:
+        """Of one worker's engine, and as many to decode in."""
+        return self.threads or max(1, processors() // self.workers)
 
     @classmethod
     def read(cls) -> Self:

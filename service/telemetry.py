@@ -31,7 +31,7 @@ BATCH_SIZE = Histogram(
 )
 STAGE_SECONDS = Histogram(
     "safelight_stage_seconds",
-    "Time that a request spent in a stage: decode, queue, infer; total is all of them and what lies between.",
+    "Time that an answered request spent in a stage: decode, queue, infer; total is all and what lies between.",
     ["stage", "model", "version"],
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
@@ -41,7 +41,7 @@ CACHE_SECONDS = Summary(
     ["outcome", "model", "version"],
 )
 FAILED_SECONDS = Summary(
-    "safelight_failed_seconds", "Time that requests took which failed as a whole.", ["model", "version"]
+    "safelight_failed_seconds", "Time that admitted requests took which got no answer.", ["model", "version"]
 )
 LAST_BATCH = Gauge(
     "safelight_last_batch_timestamp_seconds",

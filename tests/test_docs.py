@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from docs import generate
-from tests.tiny import Server, pictures, serving, zipped
+from tests.tiny import Server, pictures, serving, until_all_are_verified, zipped
 from training import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -30,10 +30,12 @@ EXAMPLES = re.findall(r"```sh\n(curl [^\n]+)\n```\n\n```json\n(.*?)\n```", READM
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What `make serve` starts: the shipped models and default settings, but on copies, and jobs only wait."""
+    """What `make serve` starts: the shipped models and default settings, but on copies, jobs only wait, and a busy
+    machine may take a minute to load a model."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copytree(ROOT / "artifacts", folder / "artifacts")
-    with serving(folder / "artifacts", folder, concurrent_jobs="0") as server:
+    with serving(folder / "artifacts", folder, concurrent_jobs="0", deadline_seconds="60") as server:
+        until_all_are_verified(server)
         yield server
 
 

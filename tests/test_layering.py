@@ -19,6 +19,7 @@ ALLOWED = {
     "training.networks": {"training.recipes"},
     "training.augment": set(),
     "training.processors": set(),
+    "training.ram": set(),
     "training.guest": {"training"},
     "training.hold": {"training", "training.events"},
     "training.duplicates": set(),
@@ -62,7 +63,7 @@ ALLOWED = {
     "service.errors": {"training"},
     "service.telemetry": set(),
     "service.lifecycle": set(),
-    "service.settings": {"training", "training.bundle"},
+    "service.settings": {"training", "training.bundle", "training.processors"},
     "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle"},
     "service.jobs": {
         "service.errors",
@@ -85,7 +86,7 @@ ALLOWED = {
         "training.events",
     },
     "service.client": {"service.api", "service.jobs"},
-    "service.app": {"service", "training", "training.devices", "training.processors"},
+    "service.app": {"service", "training", "training.devices", "training.ram"},
     "service.__main__": {"service", "training", "training.devices"},
 }
 

@@ -1,13 +1,15 @@
 """The client that doesn't wait, and the rules of `benchmarks/load.py`."""
 
 import itertools
+import shutil
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks import load
+from benchmarks import load, targets
 from benchmarks.openloop import Client, Outcome, poisson, post
 from tests.tiny import Server, Slow, grey, make_bundle, serving
 
@@ -101,3 +103,38 @@ def test_every_form_of_the_soak_is_answered_as_it_expects(tmp_path: Path) -> Non
     requests, statuses = load.mixed(tmp_path)
     assert len(requests) == len(statuses)
     assert set(statuses) == {200, 400, 404}
+    assert sum(b" /v2/" in request[:40] for request in requests) > len(requests) / 3
+    shutil.copytree(load.ROOT / "artifacts" / "mnist", tmp_path / "artifacts" / "mnist")
+    with serving(tmp_path / "artifacts", tmp_path, log_level="error") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with Client(host, int(port)) as client:
+            assert client.closed(len(requests), 8, requests, statuses) == 0
+
+
+def test_verdicts_are_left_for_the_table_of_targets(tmp_path: Path) -> None:
+    """What isn't measured yet says so; what was missed stands out."""
+    assert targets.report(tmp_path).count("| not measured yet |") == len(targets.SOURCES)
+    found = [targets.Verdict("memory stays within 800 MB", "773 MB", True), targets.Verdict("no more", "+30", False)]
+    targets.save("soak", found, "2 processors", tmp_path)
+    lines = targets.report(tmp_path).splitlines()
+    assert "| memory stays within 800 MB | 773 MB | met |" in lines
+    assert "| no more | +30 | **missed** |" in lines
+    assert lines[-1] == f"- `make soak`: {time.strftime('%Y-%m-%d')}, 2 processors"
+    assert targets.report(tmp_path).count("| not measured yet |") == len(targets.SOURCES) - 1
+
+
+def test_the_table_replaces_the_one_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    marks = "<!-- measured: targets -->", "<!-- measured end -->"
+    page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\n<!-- measured: peers -->\nkept\n{marks[1]}\n")
+    targets.write_into(page, "targets", "new")
+    assert page.read_text() == f"before\n{marks[0]}\nnew\n{marks[1]}\n<!-- measured: peers -->\nkept\n{marks[1]}\n"
+    with pytest.raises(SystemExit, match="0 places between <!-- measured: stages -->"):
+        targets.write_into(page, "stages", "new")
+
+
+@pytest.mark.parametrize("page", targets.PAGES, ids=lambda page: page.name)
+def test_the_pages_have_a_place_for_the_targets(page: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(page, tmp_path))
+    targets.write_into(copy, "targets", "new")
+    assert "<!-- measured: targets -->\nnew\n<!-- measured end -->" in copy.read_text()

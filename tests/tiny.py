@@ -333,3 +333,11 @@ def _wait_until_ready(url: str, process: subprocess.Popen[str], log: Path, secon
         else:
             return
     raise AssertionError(f"no answer in {seconds} s:\n{log.read_text()}")
+
+
+def until_all_are_verified(server: Server, seconds: float = 100) -> None:
+    """It answers once the default model is; the others follow, and a request for one waits until its deadline."""
+    end = time.monotonic() + seconds
+    while any(found["state"] == "LOADING" for found in httpx.post(f"{server.url}/v2/repository/index").json()):
+        assert time.monotonic() < end, server.log.read_text()
+        time.sleep(0.05)

@@ -1,6 +1,5 @@
 """The command line: dispatch and tables only. What the commands do stands in `runs`, `published` and the store."""
 
-import errno
 import json
 import os
 import shlex
@@ -155,8 +154,6 @@ def finetune(
 
     if guest:
         guests.step_back()
-    if memory_bytes is not None:
-        guests.limit_memory(memory_bytes)
     if (model is None) == (resume is None):
         raise typer.BadParameter("name a model, or a run to --resume; one of the two")
     if promote not in (None, "if_better", "always", "never"):
@@ -181,7 +178,7 @@ def finetune(
         )
         folder = run or Path("runs") / f"{plan.name}-{datetime.now():%Y%m%d-%H%M%S}"
         finetuning.create(folder, plan)
-    options = finetuning.Options(artifacts, data, device, deadline_seconds, holdable)
+    options = finetuning.Options(artifacts, data, device, deadline_seconds, holdable, memory_bytes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if stop_at_eof:
         guests.stop_at_eof()
@@ -190,11 +187,11 @@ def finetune(
 
 def _finetune(folder: Path, options: Any, as_json: bool) -> None:
     from training import finetune as finetuning
-    from training import guest, loop, tune
+    from training import loop, tune
     from training.display import Display
 
     try:
-        with Display(err) as display, guest.alone_in(folder):
+        with Display(err) as display:
 
             def emit(event: Any) -> None:
                 display(event)
@@ -205,7 +202,7 @@ def _finetune(folder: Path, options: Any, as_json: bool) -> None:
     except (loop.Interrupted, KeyboardInterrupt):
         _say(f"stopped. Go on with:\n  {_go_on('finetune', folder, options)}")
         raise typer.Exit(130) from None
-    except (loop.Diverged, tune.DeadlinePassed, MemoryError, RuntimeError) as error:
+    except (loop.Diverged, tune.DeadlinePassed, MemoryError, RuntimeError, SystemError) as error:
         _say(f"[red]error:[/red] {escape(finetuning.failure(error).message)}")
         raise typer.Exit(3) from None
     _say(escape(result["summary"]))
@@ -552,14 +549,13 @@ def check_dataset(
 
 def _refusal(error: Exception) -> dict[str, Any]:
     """The last word of a check that failed, for the program that started it."""
-    from training.events import code_of
+    from training.events import code_of, is_disk_full
 
     if isinstance(error, SafelightError):
         return {"code": code_of(error), "message": str(error)} | error.facts
     if isinstance(error, MemoryError):
         return {"code": "out_of_memory", "message": "checking this data set needs more memory than it may have"}
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return {"code": "disk_full" if full else "os_error", "message": str(error)}
+    return {"code": "disk_full" if is_disk_full(error) else "os_error", "message": str(error)}
 
 
 def _show_report(report: Any) -> None:

@@ -25,7 +25,7 @@ from training.loop import Emit
 from training.networks import ConvNet
 from training.probe import Head, Place
 from training.task import Task
-from training.tune import Material, Settings, averaged, tune
+from training.tune import Material, Settings, Setup, averaged, tune
 
 HEAD = "head.pt"  # in the run's folder
 
@@ -291,8 +291,6 @@ def deeper(
     """Train the layers before the head too, and take that where it validates better."""
     tuning, split = task.plan.tuning, task.split
     start = as_base(task) if task.same_classes else head.network
-    arguments = head.arguments
-    material = Material(split[divided.train], split[divided.validation], task.past.replay)
     settings = Settings(
         steps=steps_for(task, len(divided.train)),
         batch_size=min(tuning.batch_size, len(divided.train)),
@@ -301,22 +299,23 @@ def deeper(
         flip=task.flip,
         fitted_head=not task.same_classes,
     )
-    tell(started(task, settings.steps))
-    tuned, history = tune(
-        start,
-        material,
-        settings,
-        folder,
+    setup = Setup(
+        start=start,
+        material=Material(split[divided.train], split[divided.validation], task.past.replay),
+        settings=settings,
+        folder=folder,
         seed=task.plan.seed,
         device=task.device,
         identity=identity_of(task),
         emit=tell,
         late=late,
     )
+    tell(started(task, settings.steps))
+    tuned, history = tune(setup)
     networks = [averaged(start.cpu(), tuned, share) for share in SHARES] if task.same_classes else [tuned]
     epochs = len(history) and history[-1]["step"] * settings.batch_size / len(divided.train)
     candidates = [
-        answered(task, network, arguments, head.place, divided, head.nearest_mean, history, epochs)
+        answered(task, network, head.arguments, head.place, divided, head.nearest_mean, history, epochs)
         for network in networks
     ]
     allowed = [candidate for candidate in candidates if forgets_little(task, candidate)]

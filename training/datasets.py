@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.archives import MAX_FILE_BYTES
+from training.bundle.classes import BUILT_IN
 from training.bundle.images import ImageRejected, Pixels, decode, fit
 from training.bundle.manifest import InputSpec
-from training.layout import BUILT_IN, DatasetError, below_root, places
+from training.layout import DatasetError, below_root, places
 from training.processors import processors
 
 UNSPLIT_TEST_SHARE = 0.2
@@ -134,9 +135,8 @@ def _mnist(spec: InputSpec, data: Path, download: bool) -> Dataset:
         train, test = (MNIST(data, train=train, download=download) for train in (True, False))
     except MISSING as error:
         raise _missing("MNIST", data / "MNIST" / "raw" / "train-images-idx3-ubyte", error) from error
-    classes = tuple(str(digit) for digit in range(10))
     splits = [Split(_fit_all(part.data.unsqueeze(1), spec), part.targets.long()) for part in (train, test)]
-    return Dataset("mnist", classes, splits[0], splits[1])
+    return Dataset("mnist", BUILT_IN["mnist"], splits[0], splits[1])
 
 
 def _cifar10(spec: InputSpec, data: Path, download: bool, strict: bool) -> Dataset:

@@ -1,5 +1,6 @@
 """The lines that a run prints: one JSON object each. A run's only channel to whoever started it."""
 
+import errno
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,6 +132,20 @@ Event = Annotated[
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
+# What a person reads, whoever finds it out: the run itself, or the service from what became of its process.
+DISK_FULL = "the disk is full; make room, then start the job again"
+OUT_OF_MEMORY = (
+    "the job needs more memory than it may take; allow more (SAFELIGHT_JOB_MEMORY_BYTES, or --memory-bytes), or start "
+    "it again with a smaller batch_size or fewer pictures"
+)
+
+# As Python, the system, torch, C++, and those that OpenBLAS and Rust end a process with, say it.
+WANT_OF_MEMORY = re.compile(
+    r"MemoryError|[Cc]annot allocate memory|can't allocate memory|[Oo]ut of memory|bad_alloc"
+    r"|[Mm]emory allocation .*failed"
+)
+
+
 def parse(line: str | bytes) -> Event:
     """Read one line; raises pydantic.ValidationError where it isn't an event."""
     return _EVENT.validate_json(line)
@@ -139,6 +154,19 @@ def parse(line: str | bytes) -> Event:
 def code_of(error: Exception) -> str:
     """A stable code for what went wrong: the exception's name in snake case."""
     return re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", type(error).__name__).lower()
+
+
+def failure(error: Exception) -> Failed:
+    """What went wrong, by a stable code, and what to do."""
+    if any(is_disk_full(cause) for cause in (error, error.__cause__, error.__context__)):
+        return Failed(code="disk_full", message=DISK_FULL)
+    if isinstance(error, MemoryError) or WANT_OF_MEMORY.search(str(error)):
+        return Failed(code="out_of_memory", message=OUT_OF_MEMORY)
+    return Failed(code=code_of(error), message=str(error) or repr(error))
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class EventLog:

@@ -42,6 +42,7 @@ from training.checkpoint import load_network, save_weights
 from training.datasets import Dataset
 from training.drawings import golden_images
 from training.evaluate import confusion, infer, metrics
+from training.gate import Verdict
 from training.loop import Trained
 from training.networks import ConvNet, macs, parameters
 from training.recipes import Recipe
@@ -136,7 +137,7 @@ def export(
     *,
     replay: Replay | None = None,
     int8: Int8 | None = None,
-    gate: dict[str, Any] | None = None,
+    verdict: Verdict | None = None,
 ) -> BundleRef:
     """Write, load back, compare, publish. Raises ExportFailed where the comparison fails; then nothing is published."""
     network = network.cpu().float().eval()
@@ -176,7 +177,7 @@ def export(
             write_int8(folder / INT8, int8)
         draft = describe("1", folder)  # the number is given at the end, by publish
         _check(folder, draft)
-        report.write(folder / "report", draft, history, measured.confusion, gate)
+        report.write(folder / "report", draft, history, measured.confusion, verdict)
         return store.publish(folder, artifacts, origin.model, lambda version: describe(version, folder))
 
 

@@ -8,7 +8,6 @@ A run is a folder. Only the long part, `tune`, keeps checkpoints, and the head t
 and comes out the same again.
 """
 
-import errno
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from pydantic import ValidationError
 from training import SafelightError, checkpoint, datasets, events, gate, intake
 from training.bundle import store
 from training.bundle.answers import Probabilities, probabilities
-from training.bundle.manifest import BundleError, DatasetFacts, Manifest, Parent, RecipeSpec, TrainingFacts
+from training.bundle.classes import BUILT_IN, NameTaken, folded, known, settled
+from training.bundle.manifest import DatasetFacts, Manifest, Parent, RecipeSpec, TrainingFacts
 from training.bundle.replay import REPLAY, read_replay
 from training.bundle.store import BundleRef
 from training.candidates import Candidate, head_of, learn, own_place, right
@@ -31,33 +31,32 @@ from training.datasets import Split, holdout
 from training.devices import choose_device, keep_freed_memory, training_precision
 from training.evaluate import infer
 from training.export import Measured, Origin, assess, export
+from training.guest import alone_in, limit_memory, memory_left
 from training.hold import holdable, working_time
-from training.layout import BUILT_IN, DatasetError
+from training.holdouts import digest
+from training.layout import DatasetError
 from training.loop import Emit, Interrupted, arithmetic_of
 from training.memory import remember
 from training.networks import ConvNet, parameters
 from training.processors import processors
 from training.quantize import int8_form
+from training.report import read_verdict
 from training.task import Past, Pictures, Plan, Task
+from training.tune import LEARNING_CURVE
 
 RUN = "run.json"
 EVENTS = "events.jsonl"
 DATA = "data"
+TORN = (".*.pt-*", f".{LEARNING_CURVE}", f".{RUN}")  # what a kill leaves of files that were being written
 
+LEAST_BYTES = 2**28  # no run does with less than this beside its libraries
+LAST_BYTES = 2**24  # a thread's stack is half of it: with less left, whatever fails does so for want of memory
 TIMED_ROUNDS = 30
 CHECKED_IN_INT8 = 1000  # test pictures at most; more would take longer than they tell
 
 
 class RunInvalid(SafelightError):
     """A folder that holds no fine-tuning run, or already holds one."""
-
-
-class NameTaken(SafelightError):
-    """A model of this name exists and tells other classes apart."""
-
-
-class NameNeeded(SafelightError):
-    """The new model has other classes than its base, so it can't go by the base's name."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Options:
     device: str | None = None
     deadline_seconds: float | None = None
     holdable: bool = False
+    memory_bytes: int | None = None
 
 
 def create(folder: Path, plan: Plan) -> None:
@@ -92,9 +92,16 @@ def open_plan(folder: Path) -> Plan:
 
 
 def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
-    """Fine-tune to the end, or go on to it; returns what came of it. Raises what the parts raise."""
-    begun = working_time()
+    """Fine-tune to the end, or go on to it; returns what came of it. Raises FolderBusy, and what the parts raise."""
     plan = open_plan(folder)
+    with alone_in(folder):
+        for torn in (path for pattern in TORN for path in folder.glob(pattern)):
+            torn.unlink()
+        return _execute(plan, folder, options, emit)
+
+
+def _execute(plan: Plan, folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
+    begun = working_time()
     log = events.EventLog(folder / EVENTS)
 
     def tell(event: events.Event) -> None:
@@ -105,6 +112,8 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
         return options.deadline_seconds is not None and working_time() - begun > options.deadline_seconds
 
     try:
+        if options.memory_bytes is not None:
+            limit_memory(options.memory_bytes, least=LEAST_BYTES)
         keep_freed_memory()
         torch.set_num_threads(processors())
         with holdable(tell) if options.holdable else nullcontext():
@@ -115,7 +124,7 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
         tell(events.Phase(phase="judging", step=1, steps=2))
         ref = publish(task, candidate, measured, verdict, working_time() - begun, options, tell)
         tell(events.Published(model=ref.model, version=ref.version, accuracy=measured.metrics.accuracy))
-        result = decide(task, ref, measured, verdict, options) | {"seconds": round(working_time() - begun, 1)}
+        result = decide(plan, ref, options) | {"seconds": round(working_time() - begun, 1)}
         tell(events.Decided(result=result))
         shutil.rmtree(folder / DATA, ignore_errors=True)
         return result
@@ -132,15 +141,10 @@ def execute(folder: Path, options: Options, emit: Emit) -> dict[str, Any]:
 
 
 def failure(error: Exception) -> events.Failed:
-    """What went wrong, by a stable code, and what to do."""
-    causes = [error, *filter(None, (error.__cause__, error.__context__))]
-    if any(isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
-        return events.Failed(code="disk_full", message="the disk is full; make room, then start the job again")
-    exhausted = any(phrase in str(error) for phrase in ("can't allocate memory", "out of memory", "Cannot allocate"))
-    if isinstance(error, MemoryError) or exhausted:
-        advice = "allow more, or set a smaller batch_size, or send fewer pictures"
-        return events.Failed(code="out_of_memory", message=f"the run needs more memory than it may take; {advice}")
-    return events.Failed(code=events.code_of(error), message=str(error) or repr(error))
+    """What went wrong. Where next to nothing is left of the memory, that is it, whatever libraries make of the want."""
+    if isinstance(error, RuntimeError | SystemError | ImportError) and memory_left() < LAST_BYTES:
+        error = MemoryError()
+    return events.failure(error)
 
 
 # --- what there is to learn from --------------------------------------------------------------------------------------
@@ -154,9 +158,8 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     store.check_files(bundle, manifest)
     base = intake.Base(manifest, read_replay(bundle / REPLAY))
     pictures = load_pictures(plan, base, folder, options, tell)
-    classes = classes_of(plan, manifest, pictures)
-    check_name(plan, classes, options)
-    index = {label.casefold(): place for place, label in enumerate(classes)}
+    classes = classes_of(plan, manifest, pictures, options)
+    places = {folded(label): place for place, label in enumerate(classes)}
     mirrored = bool(manifest.recipe.settings.get("flip", False))
     return Task(
         plan=plan,
@@ -164,7 +167,7 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
         network=checkpoint.load_network(bundle, manifest),
         classes=classes,
         pictures=pictures,
-        labels=torch.tensor([index[label.casefold()] for label in pictures.classes])[pictures.everything.labels],
+        labels=torch.tensor([places[folded(label)] for label in pictures.classes])[pictures.everything.labels],
         past=recall(plan, base, classes, options, tell),
         flip=mirrored if plan.tuning.flip is None else plan.tuning.flip,
         device=choose_device(options.device),
@@ -209,29 +212,16 @@ def checked_report(archive: Path) -> Report | None:
         return None
 
 
-def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures) -> tuple[str, ...]:
-    """The base's classes where the pictures bring no other; else the pictures', after the base's if those are kept."""
-    known = {label.casefold(): label for label in manifest.classes}
-    new = tuple(label for label in pictures.classes if label.casefold() not in known)
-    if not new or plan.tuning.keep_classes:
-        return manifest.classes + new
-    return tuple(known.get(label.casefold(), label) for label in pictures.classes)
-
-
-def check_name(plan: Plan, classes: tuple[str, ...], options: Options) -> None:
-    """Raises NameTaken where versions of this name tell other classes apart."""
-    if (answering := store.answering(options.artifacts, plan.name)) is None:
-        return
-    found = store.read_manifest(options.artifacts, answering).classes
-    if found != classes:
-        raise NameTaken(
-            f"the model {plan.name} tells {', '.join(found)} apart, not {', '.join(classes)}; choose another name"
-        )
+def classes_of(plan: Plan, manifest: Manifest, pictures: Pictures, options: Options) -> tuple[str, ...]:
+    """The new version's classes. Raises NameTaken."""
+    namesakes = [namesake.classes for namesake in store.namesakes(options.artifacts, plan.name)]
+    return settled(plan.name, manifest.classes, pictures.classes, keep=plan.tuning.keep_classes, namesakes=namesakes)
 
 
 def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Options, tell: Emit) -> Past:
     """The base's own data where it is there, else what its bundle remembers; nothing where its classes go."""
-    manifest, features = base.manifest, base.replay
+    manifest = base.manifest
+    features = base.replay if base.replay is not None and len(base.replay.labels) else None
     if classes[: len(manifest.classes)] != manifest.classes:
         return Past()
     source = manifest.training.dataset.name
@@ -246,31 +236,32 @@ def recall(plan: Plan, base: intake.Base, classes: tuple[str, ...], options: Opt
     return Past(features=features)
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
-
-
 # --- judging and publishing -------------------------------------------------------------------------------------------
 
 
 def judge(task: Task, candidate: Candidate, options: Options) -> tuple[Measured, gate.Verdict]:
-    """Measure the candidate on its test part, and hold it against the others there."""
+    """Measure the candidate on its test part, and hold it against the others there. Raises NameTaken."""
+    if classes_of(task.plan, task.manifest, task.pictures, options) != task.classes:
+        raise NameTaken(
+            f"another job has made {task.plan.name} meanwhile, with its classes in another order; start again"
+        )
     labels = task.labels[candidate.test]
     measured = assess(candidate.held_logits, candidate.held_labels, candidate.test_logits, labels, task.classes)
     rival = active_rival(task, options)
     mine, rivals = costs(candidate.network, rival, task)
-    known = {label.casefold() for label in task.manifest.classes}
+    same = known(task.classes, task.manifest.classes)
     evidence = gate.Evidence(
         classes=task.classes,
         labels=labels.numpy(),
         candidate=probabilities(candidate.test_logits.numpy(), measured.calibration.temperature),
         active=None if rival is None else rival_answers(rival, task, candidate),
-        nearest_mean=None if rival else candidate.nearest_mean.numpy(),
-        new_classes=[label for label in task.classes if label.casefold() not in known],
+        nearest_mean=candidate.nearest_mean.numpy(),
+        new_classes=[label for label in task.classes if label not in same],
         guard=guard_answers(task, candidate),
         candidate_cost=mine,
         active_cost=rivals,
         cross_validated=candidate.cross_validated,
-        looks=1 + earlier_looks(task, options),
+        looks=looks(task, candidate, options),
     )
     return measured, gate.judge(evidence, seed=task.plan.seed)
 
@@ -297,7 +288,9 @@ def active_rival(task: Task, options: Options) -> Rival | None:
 
 
 def rival_answers(rival: Rival, task: Task, candidate: Candidate) -> Probabilities:
+    theirs = [folded(label) for label in rival.manifest.classes]  # perhaps in another order
     logits = infer(rival.network, task.split.images[candidate.test], torch.device("cpu"))
+    logits = logits[:, [theirs.index(folded(label)) for label in task.classes]]
     return probabilities(logits.numpy(), rival.manifest.calibration.temperature)
 
 
@@ -316,17 +309,10 @@ def guard_answers(task: Task, candidate: Candidate) -> gate.Guard | None:
     return gate.Guard(mine, bases)
 
 
-def earlier_looks(task: Task, options: Options) -> int:
-    """How many versions of this name were held against the hold-out of these very pictures before."""
-    looks = 0
-    for ref in store.versions(options.artifacts, task.plan.name):
-        try:
-            manifest = store.read_manifest(options.artifacts, ref)
-        except BundleError:
-            continue  # whatever it is, its verdict can't have come from here
-        same = manifest.training.dataset.sha256 == task.pictures.sha256
-        looks += same and manifest.parent is not None and manifest.created_at < task.plan.created_at
-    return looks
+def looks(task: Task, candidate: Candidate, options: Options) -> int:
+    """How many candidates for this name have been held against these very test pictures, this one included."""
+    hold_out = digest(task.split.images[candidate.test])
+    return store.looked(options.artifacts, task.plan.name, hold_out, checkpoint.weights_sha256(candidate.network))
 
 
 def costs(candidate: ConvNet, rival: Rival | None, task: Task) -> tuple[gate.Cost, gate.Cost | None]:
@@ -403,25 +389,27 @@ def publish(
         options.artifacts,
         replay=memory,
         int8=int8,
-        gate=verdict.model_dump(mode="json"),
+        verdict=verdict,
     )
 
 
 def published_before(plan: Plan, network: ConvNet, options: Options) -> BundleRef | None:
     digest = checkpoint.weights_sha256(network)
     for ref in store.versions(options.artifacts, plan.name):
-        try:
-            manifest = store.read_manifest(options.artifacts, ref)
-        except BundleError:
-            continue
-        if manifest.weights_sha256 == digest and manifest.created_at >= plan.created_at:
+        manifest = store.readable_manifest(options.artifacts, ref)
+        if manifest and manifest.weights_sha256 == digest and manifest.created_at >= plan.created_at:
             return ref
     return None
 
 
-def decide(task: Task, ref: BundleRef, measured: Measured, verdict: gate.Verdict, options: Options) -> dict[str, Any]:
-    """Let the version answer, or not; and everything that led there."""
-    promoted = gate.promotes(task.plan.promote, verdict)
+def decide(plan: Plan, ref: BundleRef, options: Options) -> dict[str, Any]:
+    """Let the version answer, or not, by the verdict in its report; and everything that led there.
+
+    Not by the one at hand: a run that was killed once its version was active has judged it anew, against itself.
+    """
+    manifest = store.read_manifest(options.artifacts, ref)
+    verdict = read_verdict(ref.path(options.artifacts) / "report")
+    promoted = gate.promotes(plan.promote, verdict)
     if promoted:
         store.activate(options.artifacts, ref)
     return {
@@ -429,10 +417,10 @@ def decide(task: Task, ref: BundleRef, measured: Measured, verdict: gate.Verdict
         "version": ref.version,
         "promoted": promoted,
         "decision": verdict.decision,
-        "summary": gate.summary(task.plan.promote, verdict),
-        "classes": list(task.classes),
-        "base": str(task.plan.base),
-        "metrics": measured.metrics.model_dump(),
+        "summary": gate.summary(plan.promote, verdict),
+        "classes": list(manifest.classes),
+        "base": str(plan.base),
+        "metrics": manifest.metrics.model_dump(),
         "gate": {"checks": [check.model_dump() for check in verdict.checks]},
         "comparisons": {name: score.model_dump() for name, score in verdict.comparisons.items()},
     }

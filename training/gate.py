@@ -71,8 +71,8 @@ class Cost:
 class Evidence:
     """Answers on one hold-out that nothing was fitted to; with cross-validation, those out of fold, pooled.
 
-    Same classes: `active` is what the version that answers now says of the same pictures. Where that one has other
-    classes there is no such thing, and the candidate is held against the nearest class mean.
+    `active` is what the version that answers now says of the same pictures; where there is none with these classes, the
+    candidate is held against the nearest class mean. That is told in any case.
     """
 
     classes: Sequence[str]

@@ -1,18 +1,20 @@
 """A process that must not get in anybody's way: low priority, bounded memory, gone when its parent is."""
 
 import fcntl
+import math
 import os
 import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training import SafelightError
 
 LOCK = ".lock"
+STATM = Path("/proc/self/statm")
 
 
 class FolderBusy(SafelightError):
@@ -24,9 +26,27 @@ def step_back() -> None:
     os.nice(19)
 
 
-def limit_memory(size: int) -> None:
-    """Of what is allocated; beyond that, MemoryError. Not of address space, which libraries reserve by the gigabyte."""
+def limit_memory(size: int, least: int = 0) -> None:
+    """Of what is allocated; beyond that, MemoryError, and at once where that would leave less than `least`.
+
+    Not of address space, which libraries reserve by the gigabyte.
+    """
+    if _allocated() + least > size:
+        raise MemoryError(f"{size} bytes are less than is needed to begin")
     resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def memory_left() -> float:
+    """Bytes that may still be allocated; infinite where there is no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return math.inf if limit == resource.RLIM_INFINITY else limit - _allocated()
+
+
+def _allocated() -> int:
+    """Bytes of what RLIMIT_DATA limits, with the stack; 0 where the system doesn't say."""
+    with suppress(OSError):
+        return int(STATM.read_text().split()[5]) * resource.getpagesize()
+    return 0
 
 
 def stop_at_eof() -> None:

@@ -47,6 +47,11 @@ def folds(split: Split, seed: int, count: int = FOLDS) -> Tensor:
     return (_places(split, seed) * count).long().clamp(max=count - 1)
 
 
+def digest(images: Tensor) -> str:
+    """Of a hold-out [N, C, H, W]: the same pictures have the same, in whatever order."""
+    return hashlib.sha256(b"".join(sorted(pixel_digest(image).tobytes() for image in images.numpy()))).hexdigest()
+
+
 def _places(split: Split, seed: int) -> Tensor:
     """A place on 0 … 1 for each picture [N]: the pictures of a class lie evenly, in an order drawn from what they show
     and the seed; a group of near-duplicates lies in one place."""

@@ -7,9 +7,7 @@ bytes depend on nothing but the pictures. Needs no torch.
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import unicodedata
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,10 +28,12 @@ from rich.progress import track
 from training import SafelightError, archives
 from training.archives import Archive, Content
 from training.bundle import store
+from training.bundle.classes import BUILT_IN, known
 from training.bundle.digits import border_pixels
 from training.bundle.images import FORMATS, ImageRejected, decode
 from training.bundle.manifest import InputSpec, Manifest
 from training.bundle.replay import REPLAY, Replay, read_replay
+from training.bundle.staging import private_folder
 from training.dataset_report import (
     SHOWN,
     BaseModelFacts,
@@ -51,7 +51,7 @@ from training.dataset_report import (
 )
 from training.duplicates import Signatures, groups, pairs
 from training.events import code_of
-from training.layout import BUILT_IN, DatasetError, Place, below_root, class_names, places, shown
+from training.layout import DatasetError, Place, below_root, class_names, places, shown
 from training.processors import processors
 
 DATA = "data.zip"
@@ -366,13 +366,12 @@ def _check_counts(counts: list[ClassCounts], left_out: Counter[str]) -> None:
 
 
 def _base_facts(base: Base, classes: list[str], test_pictures: int) -> BaseModelFacts:
-    theirs = {unicodedata.normalize("NFC", name).casefold(): name for name in base.manifest.classes}
-    known = {name: theirs[name.casefold()] for name in classes if name.casefold() in theirs}
+    same = known(classes, base.manifest.classes)
     return BaseModelFacts(
         model=base.manifest.model,
         version=base.manifest.version,
-        known=known,
-        new=tuple(name for name in classes if name not in known),
+        known=same,
+        new=tuple(name for name in classes if name not in same),
         test_pictures=test_pictures if base.replay else None,
     )
 
@@ -428,19 +427,15 @@ def _identity(pictures: list[Picture]) -> str:
 
 def _write(into: Path, report: Report, pictures: list[Picture], spool: IO[bytes]) -> None:
     """Beside its place first, then renamed: whole or not at all."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{into.name}-", dir=into.parent))
-    try:
+    with private_folder(into.parent, f".{into.name}-safelight-") as staging:
         with (staging / DATA).open("wb") as file:
             _write_zip(file, pictures, spool)
             _flush(file)
         with (staging / REPORT).open("wb") as file:
             file.write(report.model_dump_json(indent=1).encode() + b"\n")
             _flush(file)
-        staging.chmod(0o755)  # mkdtemp makes 0700
+        staging.chmod(0o755)  # whatever the umask
         os.rename(staging, into)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _write_zip(file: IO[bytes], pictures: list[Picture], spool: IO[bytes]) -> None:

@@ -10,7 +10,6 @@ from pathlib import PurePosixPath
 
 from training import SafelightError
 
-BUILT_IN = ("mnist", "cifar10")  # data sets that go by name, not by path
 SPLITS = {"train": "train", "test": "test", "val": "val", "validation": "val"}
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 

@@ -4,21 +4,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.bundle.replay import Features, Labels, Replay, pixel_digest
+from training.bundle.replay import DIGEST_BYTES, Features, Labels, Replay, pixel_digest
 from training.datasets import Split
 from training.networks import ConvNet
 
+MOST_BYTES = (
+    990_000  # of digests, and features of as many training as test pictures; the rest of the megabyte is header
+)
+MOST_DIGESTS = 100_000
 MOST_PER_CLASS = 100
-MOST_BYTES = 450_000  # of training features, and as much of test features; the rest of the megabyte is digests
+LABEL_BYTES = 8
 
 
 def remember(network: ConvNet, train: Split, test: Split, classes: int) -> Replay:
-    """Features of equally many pictures of each class, and digests of the whole test set."""
-    width = network.head.in_features
-    count = max(1, min(MOST_PER_CLASS, MOST_BYTES // (2 * width * classes)))
+    """Digests of the test set, and features of equally many pictures of each class: none where not one would fit."""
+    digests = np.stack([pixel_digest(image) for image in test.images[:MOST_DIGESTS].numpy()])
+    room = (MOST_BYTES - len(digests) * DIGEST_BYTES) // 2
+    count = min(MOST_PER_CLASS, room // (classes * (2 * network.head.in_features + LABEL_BYTES)))
     features, labels = _sample(network, train, count)
     guard_features, guard_labels = _sample(network, test, count)
-    digests = np.stack([pixel_digest(image) for image in test.images.numpy()])
     return Replay(features, labels, guard_features, guard_labels, digests[np.lexsort(digests.T[::-1])])
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from training import SafelightError, datasets
 from training.bundle import store
 from training.bundle.answers import Answer, answers
+from training.bundle.classes import BUILT_IN
 from training.bundle.golden import Agreement, GoldenMismatch, compare, read_golden
 from training.bundle.images import ImageRejected, decode
 from training.bundle.int8 import INT8, MAX_DEVIATION, deviation, read_int8
@@ -21,7 +22,6 @@ from training.checkpoint import CheckpointError, load_network
 from training.devices import choose_device
 from training.evaluate import confusion, infer, metrics
 from training.export import read_module, write_portable_module
-from training.layout import BUILT_IN
 from training.quantize import golden_logits
 
 MAX_LOGIT_DIFFERENCE = 1e-3  # ten times what export allows: another processor adds in another order

@@ -11,25 +11,38 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from training.bundle.manifest import Manifest
+from training.gate import Verdict
 
 History = list[dict[str, Any]]
 
+FIGURES = "metrics.json"
 CARD = "model-card.md"
 
+WHO = {  # the gate's comparisons
+    "candidate": "this version",
+    "active": "the active version",
+    "nearest_mean": "the nearest class mean, which needs no training",
+    "majority": "always the commonest class",
+}
+PASSED = {True: "passed", False: "failed", None: "open"}
 
-def write(
-    folder: Path, manifest: Manifest, history: History, counts: Tensor, gate: dict[str, Any] | None = None
-) -> None:
-    """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row; `gate`, the verdict on
-    a fine-tuned candidate."""
+
+def write(folder: Path, manifest: Manifest, history: History, counts: Tensor, verdict: Verdict | None = None) -> None:
+    """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row; `verdict`, the gate's
+    on a fine-tuned candidate."""
     folder.mkdir()
     figures = {"metrics": manifest.metrics.model_dump(), "confusion": counts.tolist(), "history": history}
-    if gate is not None:
-        figures["gate"] = gate
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if verdict is not None:
+        figures["gate"] = verdict.model_dump(mode="json")
+    (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     learning_curve(folder / "learning-curve.png", history)
     confusion_matrix(folder / "confusion.png", counts, manifest.classes)
-    (folder / CARD).write_text(model_card(manifest))
+    (folder / CARD).write_text(model_card(manifest, verdict))
+
+
+def read_verdict(folder: Path) -> Verdict:
+    """The gate's, of a fine-tuned version's report folder."""
+    return Verdict.model_validate(json.loads((folder / FIGURES).read_bytes())["gate"])
 
 
 def learning_curve(path: Path, history: History) -> None:
@@ -67,8 +80,9 @@ def confusion_matrix(path: Path, counts: Tensor, classes: Sequence[str]) -> None
     figure.savefig(path, dpi=100)
 
 
-def model_card(manifest: Manifest) -> str:
-    """What the model is for, what it was made from, what it scores, and where not to trust it: Markdown."""
+def model_card(manifest: Manifest, verdict: Verdict | None = None) -> str:
+    """What the model is for, what it was made from, what it scores, what the gate found where it was fine-tuned, and
+    where not to trust it: Markdown."""
     metrics, training, size, network = manifest.metrics, manifest.training, manifest.input, manifest.network
     data, ood = training.dataset, manifest.ood
     scores = [
@@ -89,9 +103,9 @@ Takes pictures of {size.width} x {size.height} pixels with {size.channels} chann
 
 ## Made from
 
-Recipe `{manifest.recipe.name}`, seed {manifest.recipe.seed}: {training.epochs:g} epochs over {data.train} images of
-{data.name} ({data.skipped} were left out), {training.seconds:.0f} s on {training.device} in {training.precision}
-with torch {training.torch}. {data.holdout} more training images were held out for calibration.
+{_parent(manifest)}Recipe `{manifest.recipe.name}`, seed {manifest.recipe.seed}: {training.epochs:g} epochs over
+{data.train} images of {data.name} ({data.skipped} were left out), {training.seconds:.0f} s on {training.device} in
+{training.precision} with torch {training.torch}. {data.holdout} more training images were held out for calibration.
 
 Network `{network.name}`: {network.parameters:,} parameters, {network.macs / 1e6:.1f} million multiply-accumulates
 for one picture.
@@ -101,13 +115,37 @@ for one picture.
 {_table("figure", scores)}
 
 {_table("recall of", recalls)}
-
+{_gate(verdict) if verdict else ""}
 ## Where not to trust it
 
 Probabilities are calibrated (temperature {manifest.calibration.temperature:.3f}) for pictures like those it was
 trained on. For others they mean little: read `in_distribution`, which is false where the `{ood.score}` score is below
 {ood.threshold:.3f}, as it is for {1 - ood.true_positive_rate:.0%} of the held-out images. It knows no class beside
 those named above.
+"""
+
+
+def _parent(manifest: Manifest) -> str:
+    parent = manifest.parent
+    return (
+        f"Fine-tuned from {parent.model}@{parent.version} (weights {parent.weights_sha256[:12]}…).\n" if parent else ""
+    )
+
+
+def _gate(verdict: Verdict) -> str:
+    """The verdict, what the version was compared with, and every question that was asked."""
+    scores = [
+        (WHO[name], f"{score.right} of {score.n}, {score.accuracy:.1%} ({score.low:.1%} to {score.high:.1%})")
+        for name, score in verdict.comparisons.items()
+    ]
+    comparisons = "\n" + _table("right, of pictures that nothing was fitted to (95 % interval)", scores) + "\n"
+    checks = "\n".join(f"- `{check.name}`, {PASSED[check.passed]}: {check.sentence}" for check in verdict.checks)
+    return f"""
+## What the gate found
+
+{verdict.reason}
+{comparisons if scores else ""}
+{checks}
 """
 
 

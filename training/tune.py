@@ -70,24 +70,28 @@ class Settings:
     fitted_head: bool
 
 
-def tune(
-    start: ConvNet,
-    material: Material,
-    settings: Settings,
-    run: Path,
-    *,
-    seed: int,
-    device: torch.device,
-    identity: dict[str, Any],
-    emit: Emit,
-    late: Callable[[], bool],
-) -> tuple[ConvNet, list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Setup:
+    """All that a run of `tune` needs."""
+
+    start: ConvNet
+    material: Material
+    settings: Settings
+    folder: Path
+    seed: int
+    device: torch.device
+    identity: dict[str, Any]  # what its checkpoints are of
+    emit: Emit
+    late: Callable[[], bool]
+
+
+def tune(setup: Setup) -> tuple[ConvNet, list[dict[str, Any]]]:
     """Train further, or go on with that where the run's folder has a checkpoint; returns the best average of weights.
 
     Where the loss runs away it goes back to the last checkpoint, twice, with smaller steps. Raises Interrupted,
     DeadlinePassed, Diverged, CheckpointError.
     """
-    tuning = _Tuning(start, material, settings, run, seed, device, identity, emit, late)
+    tuning = _Tuning(setup)
     while True:
         try:
             tuning.train()
@@ -97,7 +101,7 @@ def tune(
             if tuning.state.attempt == ATTEMPTS:
                 raise
             tuning.save()
-            emit(events.Notice(message=f"{error}; going on from there with smaller steps"))
+            setup.emit(events.Notice(message=f"{error}; going on from there with smaller steps"))
         else:
             return tuning.best.cpu().eval(), tuning.state.history
 
@@ -105,40 +109,29 @@ def tune(
 class _Tuning:
     """One run of `tune`: the weights that move, their average, and the best average so far."""
 
-    def __init__(
-        self,
-        start: ConvNet,
-        material: Material,
-        settings: Settings,
-        run: Path,
-        seed: int,
-        device: torch.device,
-        identity: dict[str, Any],
-        emit: Emit,
-        late: Callable[[], bool],
-    ) -> None:
-        self.material, self.settings, self.run = material, settings, run
-        self.seed, self.device, self.emit, self.late = seed, device, emit, late
-        self.precision = training_precision(device)
-        start = start.to(device)
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.material, self.settings = setup, setup.material, setup.settings
+        self.path, self.emit, self.device = setup.folder / CHECKPOINT, setup.emit, setup.device
+        self.precision = training_precision(self.device)
+        start = setup.start.to(self.device)
         self.current, self.average, self.best = (copy.deepcopy(start) for _ in range(3))
         self.everything = nn.ModuleDict({"current": self.current, "average": self.average, "best": self.best})
         self.moving, self.following = _moving(self.current), _moving(self.average)
-        self.optimizer = _optimizer(self.current, settings)
-        self.weights = balancing_weights(material.train.labels, len(start.head.weight)).to(device)
-        self.every = max(1, settings.steps // EVALUATIONS)
-        self.state = State(identity | {"steps": settings.steps}, arithmetic_of(device, self.precision))
-        if (run / CHECKPOINT).exists():
+        self.optimizer = _optimizer(self.current, self.settings)
+        self.weights = balancing_weights(self.material.train.labels, len(start.head.weight)).to(self.device)
+        self.every = max(1, self.settings.steps // EVALUATIONS)
+        identity = setup.identity | {"steps": self.settings.steps}
+        self.state = State(identity, arithmetic_of(self.device, self.precision))
+        if self.path.exists():
             self.restore()
         else:
             self._evaluate()  # the start itself may be the best there is
 
     def save(self) -> None:
-        checkpoint.save(self.run / CHECKPOINT, self.state, self.everything, [self.optimizer])
+        checkpoint.save(self.path, self.state, self.everything, [self.optimizer])
 
     def restore(self) -> None:
-        path = self.run / CHECKPOINT
-        self.state = checkpoint.load(path, self.state.identity, self.everything, [self.optimizer])
+        self.state = checkpoint.load(self.path, self.state.identity, self.everything, [self.optimizer])
 
     def train(self) -> None:
         """Step by step to the end, or until it gets no better."""
@@ -161,7 +154,7 @@ class _Tuning:
                 if state.step % self.every == 0 or state.step == settings.steps:
                     self._evaluate()
                     good_step = state.step
-                if stopped() or self.late():
+                if stopped() or self.setup.late():
                     self._stop(stopped())
 
     def _step(self) -> float:
@@ -186,7 +179,7 @@ class _Tuning:
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures [B, C, H, W], labels [B] and how much each counts [B]; a function of the seed and the step."""
-        random, settings = generator(self.seed, "tune", step), self.settings
+        random, settings = generator(self.setup.seed, "tune", step), self.settings
         chosen = torch.randint(len(self.material.train), (settings.batch_size,), generator=random)
         new = self.material.train[chosen]
         images, labels, weights = new.images, new.labels, self.weights[chosen.to(self.device)]
@@ -236,9 +229,9 @@ class _Tuning:
         state.history.append(row)
         state.loss_sum, state.right, state.seen = 0.0, 0, 0
         self.save()
-        report.learning_curve(self.run / LEARNING_CURVE, state.history)
+        report.learning_curve(self.setup.folder / LEARNING_CURVE, state.history)
         self.emit(events.Epoch.model_validate(row))
-        self.emit(events.Checkpointed(step=state.step, path=str(self.run / CHECKPOINT)))
+        self.emit(events.Checkpointed(step=state.step, path=str(self.path)))
 
     def _settled(self) -> bool:
         """Whether the last evaluations brought nothing better."""
@@ -248,7 +241,7 @@ class _Tuning:
     def _stop(self, by_signal: bool) -> None:
         self.save()
         step = self.state.step
-        self.emit(events.Checkpointed(step=step, path=str(self.run / CHECKPOINT)))
+        self.emit(events.Checkpointed(step=step, path=str(self.path)))
         if not by_signal:
             raise DeadlinePassed(step)
         self.emit(events.Interrupted(step=step))

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pictures
-from benchmarks.peers import report
+from benchmarks.peers import processes, report
 from benchmarks.peers.forms import Rows
 from benchmarks.peers.measure import MANY, MANY_CONNECTIONS, Plan, measure
 from benchmarks.peers.servers import APPS, KINDS, ROOT, Safelight, Server, choose
+from benchmarks.targets import RESULTS, save, write_into
 from training.bundle import store
 from training.bundle.manifest import MODULE, Manifest
 from training.processors import processors
@@ -44,8 +45,13 @@ def main() -> None:
         measured = run(options)
     text = report.report(measured)
     print(text)
+    conditions = measured["conditions"]
+    if verdicts := list(report.verdicts(measured)):
+        told = "; ".join(conditions[name] for name in ("machine", "n") if name in conditions)
+        save("peers", verdicts, told, options.results)
     if options.docs:
-        report.write_into(Path(options.docs), text)
+        write_into(ROOT / "docs" / "performance.md", "peers", text)
+        write_into(ROOT / "README.md", "summary", report.summary(measured))
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +68,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=5, help="seconds to wait for that")
     parser.add_argument("--json", type=Path, help="write every figure here  [default: HOME/results/TIME.json]")
     parser.add_argument("--show", help="measure nothing: make the tables of this JSON file")
-    parser.add_argument("--docs", help="write the tables into this page, between its marks")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where to leave the verdicts")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/performance.md and README.md")
     return parser.parse_args(words)
 
 
@@ -87,12 +94,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         patience=options.patience,
         logs=home / "logs",
     )
-    measured: dict[str, Any] = {"conditions": conditions(options, servers, timed), "rows": []}
+    measured: dict[str, Any] = {"conditions": conditions(options, servers, timed), "rows": [], "floor": {}}
     path = options.json or home / "results" / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    turns: list[Server | None] = [*servers, None]  # the last is the bare loops'
     for repetition in range(options.reps):
-        first = repetition % len(servers)
-        for server in servers[first:] + servers[:first]:
-            one(server, plan, options.kind if isinstance(server, Safelight) else None, measured["rows"])
+        first = repetition % len(turns)
+        for server in turns[first:] + turns[:first]:
+            if server is None:
+                bare_loops(plan, measured["floor"])
+            else:
+                one(server, plan, options.kind if isinstance(server, Safelight) else None, measured["rows"])
             path.write_text(json.dumps(measured, indent=1) + "\n")
     order = {server.title: index for index, server in enumerate(servers)}
     measured["rows"].sort(key=lambda row: order[row["server"]])
@@ -115,6 +126,17 @@ def one(server: Server, plan: Plan, wanted: list[str] | None, rows: list[report.
         note(rows, server, "-", {"error": f"{type(error).__name__}: {error}"})
         print(f"  failed: {error}", end="", file=sys.stderr)
     print(file=sys.stderr)
+
+
+def bare_loops(plan: Plan, rates: dict[str, list[float]]) -> None:
+    """Once each, in a process of their own."""
+    print(time.strftime("%H:%M:%S"), "bare loops", end="", file=sys.stderr, flush=True)
+    processes.wait_until_quiet(plan.quiet_cores, plan.patience, [])
+    command = [sys.executable, "-m", "benchmarks.floor", "--json", "--repetitions", "1", "--seconds", f"{plan.seconds}"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+    for name, measured in found.items():
+        rates.setdefault(name, []).extend(measured)
+    print(f"  {found}", file=sys.stderr)
 
 
 def note(rows: list[report.Row], server: Server, form: str, result: dict[str, Any]) -> None:

@@ -82,7 +82,8 @@ def v2_pictures(pictures: list[bytes]) -> Content:
 
 def v2_pixels(pictures: list[bytes]) -> Content:
     """The V2 protocol with a binary tensor of pixels [N, C, H, W]: the client has decoded the pictures."""
-    images = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).transpose(2, 0, 1) for picture in pictures]
+    opened = [np.atleast_3d(np.asarray(Image.open(io.BytesIO(picture)))) for picture in pictures]  # grey or RGB
+    images = [image.transpose(2, 0, 1) for image in opened]
     return _v2_binary("pixels", [len(images), *images[0].shape], "UINT8", np.stack(images).tobytes())
 
 

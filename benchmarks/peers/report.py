@@ -1,18 +1,21 @@
-"""From what was measured to tables: medians with their spread, and ours beside the best of the others."""
+"""From what was measured to tables: medians with their spread, ours beside the best of the others, and the verdicts."""
 
-import re
 import statistics
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
+
+from benchmarks.floor import BOTH
+from benchmarks.targets import Verdict, table
 
 OURS = "safelight"
 MANY = "64 a request"
-MARKS = ("<!-- measured: peers -->", "<!-- measured end -->")
+TIMES = {"1": 3.0, "16": 1.7, "64": 1.4, MANY: 1.5}  # the best other's rate, of /predict given a form
+P99_AT = ("1", "64")  # where it must be no worse than the best other's, too
+OF_THE_FLOOR = 0.85
 
 # A row is one server asked in one form: {"server", "form", "repetitions": [what `measure_form` gave, …]}.
 Row = dict[str, Any]
-Measured = dict[str, Any]  # {"conditions": {name: text}, "rows": [Row, …]}
+Measured = dict[str, Any]  # {"conditions": {name: text}, "rows": [Row, …], "floor": {loop: [rate, …]}}
 
 
 def report(measured: Measured) -> str:
@@ -22,6 +25,7 @@ def report(measured: Measured) -> str:
         "\n".join(f"- {name}: {text}" for name, text in measured["conditions"].items()),
         loads(rows),
         whole(rows),
+        floor(measured.get("floor", {})),
         ratios(rows),
         failures(rows),
     ]
@@ -65,29 +69,106 @@ def checked(runs: list[dict[str, Any]]) -> str:
     return f"yes, within {max(check['difference'] for check in checks):.1g}"
 
 
+def floor(rates: dict[str, list[float]]) -> str:
+    """What bare loops made of the same pictures, in the same run."""
+    lines = [(name, spread([{"rate": rate} for rate in found], "rate", 0)) for name, found in rates.items()]
+    return table(("bare loop", "pictures/s"), lines) if lines else ""
+
+
 def ratios(rows: list[Row]) -> str:
     """Each of our rows beside the best other server that is given the same: pictures, or pixels."""
     head = ("load", "ours", "rate", "best other", "ratio")
     lines = []
     for row in (row for row in rows if row["server"].startswith(OURS)):
         for load in [*connection_counts([row]), MANY]:
-            rate = rate_of(row, load)
-            others = {r["server"]: rate_of(r, load) for r in rows if not r["server"].startswith(OURS) and same(r, row)}
-            known = {server: other for server, other in others.items() if other}
-            if rate is None or not known:
+            rate, best = rate_of(row, load), best_other(rows, row, load)
+            if rate is None or best is None:
                 continue
-            best = max(known, key=lambda server: known[server])
-            title = f"{load} at once" if load != MANY else MANY
-            lines.append(
-                (
-                    title,
-                    f"{row['server']}, {row['form']}",
-                    f"{rate:,.0f}",
-                    f"{known[best]:,.0f} ({best})",
-                    f"{rate / known[best]:.2f}",
-                )
-            )
+            other = rate_of(best, load) or 0.0
+            ours, theirs = f"{row['server']}, {row['form']}", f"{other:,.0f} ({best['server']})"
+            lines.append((title(load), ours, f"{rate:,.0f}", theirs, f"{rate / other:.2f}"))
     return table(head, lines) if lines else ""
+
+
+def title(load: str) -> str:
+    return load if load == MANY else f"{load} at once"
+
+
+def best_other(rows: list[Row], ours: Row, load: str) -> Row | None:
+    others = [row for row in rows if not row["server"].startswith(OURS) and same(row, ours) and rate_of(row, load)]
+    return max(others, key=lambda row: rate_of(row, load) or 0.0, default=None)
+
+
+def verdicts(measured: Measured) -> Iterator[Verdict]:
+    """The targets of /predict given a form, beside the best other and the bare loops; of our other forms, beside it."""
+    rows = measured["rows"]
+    forms = {row["form"]: row for row in rows if row["server"] == OURS}
+    if "multipart" not in forms:
+        return
+    ours = forms.pop("multipart")
+    for load, times in TIMES.items():
+        rate, best = rate_of(ours, load), best_other(rows, ours, load)
+        if rate is None or best is None:
+            continue
+        other = rate_of(best, load) or 0.0
+        found = f"{rate / other:.2f} times: {rate:,.0f} for {other:,.0f} ({best['server']})"
+        yield Verdict(f"`/predict`, {title(load)}: {times} times the best other", found, rate >= times * other)
+        if load in P99_AT:
+            p99, theirs = p99_of(ours, load), p99_of(best, load)
+            found = f"{p99:.1f} ms for {theirs:.1f} ms"
+            yield Verdict(f"`/predict`, {title(load)}: p99 no worse than its", found, p99 <= theirs)
+    yield from beside_the_floor(rate_of(ours, MANY), measured.get("floor", {}))
+    for name, form in forms.items():
+        ratios = {
+            load: (rate_of(form, load) or 0.0) / (rate_of(ours, load) or 1.0) for load in connection_counts([form])
+        }
+        found = ", ".join(f"{ratio:.2f} times {title(load)}" for load, ratio in ratios.items())
+        yield Verdict(f"{name}: at least as fast as a form", found, min(ratios.values()) >= 1)
+
+
+def beside_the_floor(rate: float | None, rates: dict[str, list[float]]) -> Iterator[Verdict]:
+    both = {name: statistics.median(found) for name, found in rates.items() if name.startswith(BOTH)}
+    if rate is None or not both:
+        return
+    best = max(both, key=lambda name: both[name])
+    found = f"{rate / both[best]:.0%}: {rate:,.0f} of {both[best]:,.0f} ({best})"
+    rule = f"`/predict`, {MANY}: {OF_THE_FLOOR:.0%} of the best bare loop that decodes and computes"
+    yield Verdict(rule, found, rate >= OF_THE_FLOOR * both[best])
+
+
+def summary(measured: Measured) -> str:
+    """For the README: ours given a form, plain FastAPI, and at each load the best of all others."""
+    rows = measured["rows"]
+    ours = next(row for row in rows if (row["server"], row["form"]) == (OURS, "multipart"))
+    plain = next((row for row in rows if row["server"] == "fastapi"), None)
+    lines = []
+    for load in [*connection_counts([ours]), MANY]:
+        best = best_other(rows, ours, load)
+        others = [cell(plain, load) if plain else "", f"{cell(best, load)} ({best['server']})" if best else ""]
+        lines.append((title(load), f"**{cell(ours, load)}**", *others))
+    last = connection_counts([ours])[-1]
+    best = best_other(rows, ours, last)
+    lines.append(("memory (RSS)", memory(ours), memory(plain), f"{memory(best)} ({best['server']})" if best else ""))
+    conditions = measured["conditions"]
+    told = "\n".join(f"- {name}: {conditions[name]}" for name in ("date", "machine", "n") if name in conditions)
+    return "\n\n".join([table(("`cifar10`", "Safelight", "plain FastAPI", "the best other"), lines), told])
+
+
+def cell(row: Row, load: str) -> str:
+    if load == MANY:
+        many = [run["many"] for run in good(row) if "many" in run]
+        return f"{spread(many, 'images_per_s', 0)} images/s" if many else ""
+    runs = [run["loads"][load] for run in good(row) if load in run["loads"]]
+    return f"{spread(runs, 'rps', 0)} requests/s, p99 {median(runs, 'p99_ms', 1)} ms" if runs else ""
+
+
+def memory(row: Row | None) -> str:
+    """After the last load of single pictures."""
+    return f"{median([list(run['loads'].values())[-1] for run in good(row)], 'rss_mib', 0)} MiB" if row else ""
+
+
+def p99_of(row: Row, load: str) -> float:
+    return statistics.median(run["loads"][load]["p99_ms"] for run in good(row) if load in run["loads"])
 
 
 def same(row: Row, other: Row) -> bool:
@@ -130,18 +211,3 @@ def spread(runs: list[dict[str, Any]], key: str, digits: int) -> str:
     values = [run[key] for run in runs]
     text = f"{statistics.median(values):,.{digits}f}"
     return text if len(values) == 1 else f"{text} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
-
-
-def table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *lines))
-
-
-def write_into(page: Path, text: str) -> None:
-    """Put the tables between the marks of a page."""
-    begin, end = map(re.escape, MARKS)
-    new, count = re.subn(
-        f"({begin}\n).*?({end})", lambda match: f"{match[1]}{text}\n{match[2]}", page.read_text(), flags=re.S
-    )
-    if count != 1:
-        raise SystemExit(f"{page} has {count} places between {MARKS[0]} and {MARKS[1]}; it needs one")
-    page.write_text(new)

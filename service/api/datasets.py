@@ -77,12 +77,12 @@ async def add_dataset(
 
     The answer is what was found. 201 for a new data set, 200 where the same pictures are there already.
     """
-    base = _base(registry, model, version)  # before a gigabyte is read for a model that doesn't exist
+    base = await _base(registry, model, version)  # before a gigabyte is read for a model that doesn't exist
     async with datasets.uploading() as upload:
         said = await uploads.receive(request, upload)
         if isinstance(said, BuiltInDataset):
             upload.name_built_in(said.builtin, said.limit, settings.data)
-        base = _base(registry, said.model, said.version) or base
+        base = await _base(registry, said.model, said.version) or base
         record = await while_connected(request, datasets.check(upload, model=base, name=name or said.name))
     request.state.log |= {"dataset": record.id, "images": record.report.images}
     response.status_code = 201 if record.is_new else 200
@@ -113,8 +113,8 @@ async def delete_dataset(dataset: str, datasets: DatasetsDep) -> Response:
     return Response(status_code=204)
 
 
-def _base(registry: Registry, model: str | None, version: str | None) -> str | None:
-    return None if model is None and version is None else str(registry.entry(model, version).ref)
+async def _base(registry: Registry, model: str | None, version: str | None) -> str | None:
+    return None if model is None and version is None else str((await registry.asked(model, version)).ref)
 
 
 def _dataset(record: DatasetRecord) -> Dataset:

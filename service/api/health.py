@@ -50,7 +50,6 @@ async def metrics(jobs: JobsDep) -> Response:
 @router.get("/info")
 async def info(registry: RegistryDep, settings: SettingsDep) -> Info:
     """Versions, device, limits, and for each loaded model the way it runs with the timings that chose it."""
-    entries = [entry for line in registry.lines.values() for entry in line.entries.values()]
     return Info(
         name="safelight",
         version=__version__,
@@ -69,9 +68,8 @@ async def info(registry: RegistryDep, settings: SettingsDep) -> Info:
             "deadline_seconds": settings.deadline_seconds,
         },
         engines=[
-            {"model": entry.ref.model, "version": entry.ref.version} | entry.predictor.engine.describe()
-            for entry in entries
-            if entry.predictor
+            {"model": ref.model, "version": ref.version} | predictor.engine.describe()
+            for ref, predictor in registry.loaded.items()
         ],
     )
 

@@ -6,9 +6,12 @@ Clients send no content type and take anything but 200 for an error: bodies are 
 
 import asyncio
 import gzip
+import re
 import zlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from functools import lru_cache
+from io import BytesIO
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -20,19 +23,26 @@ from service.api.asgi import read_body
 from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
-from service.inference.predictor import Picture
+from service.api.predictions import provenance
 from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
 from service.telemetry import figures
-from training import SafelightError, __version__
+from training import __version__
 from training.bundle.answers import Row
-from training.bundle.images import ImageRejected
 from training.bundle.manifest import Manifest
 
 EXTENSIONS = ("binary_tensor_data", "classification", "statistics", "model_configuration", "model_repository")
 HEAD_BYTES = "inference-header-content-length"
+CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
+ENCODINGS = ("gzip", "deflate")
+KEPT_HEADERS = 100  # most clients send the same Accept-Encoding again and again
 COMPRESS_FROM = 500  # bytes of an answer
-ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's window bits
+TENSORS_AT_ONCE = (
+    1_000_000  # bytes that may be looked at on the event loop: a millisecond's work in FP32, none in UINT8
+)
+WRITTEN_AT_ONCE = 1_000  # values of an answer, pictures x classes, that may be written and packed on the event loop
+GZIP_MEMBER, MOST_MEMBERS = b"\x1f\x8b\x08", 10_000  # how each begins; a million empty ones would take seconds
+WEIGHT = re.compile(r"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")  # RFC 9110, 12.4.2
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -90,18 +100,15 @@ async def statistics(registry: RegistryDep, model: str, version: str | None = No
 @router.get("/v2/models/{model}")
 @router.get("/v2/models/{model}/versions/{version}")
 async def metadata(registry: RegistryDep, model: str, version: str | None = None) -> dict[str, Any]:
-    """Versions, inputs and outputs. A request has one of the two inputs."""
+    """Versions, inputs and outputs. A request needs one of the two inputs."""
     manifest = await _manifest(registry, model, version)
     versions = [number for number, entry in registry.line(model).entries.items() if entry.state != "refused"]
-    classes = len(manifest.classes)
-    pixels = {"name": tensors.PIXELS, "datatype": "UINT8", "shape": [-1, *manifest.input.shape]}
-    pictures = {"name": tensors.PICTURES, "datatype": "BYTES", "shape": [-1]}
-    outputs = [
-        {"name": name, "datatype": kind, "shape": [-1] if name == tensors.LABEL else [-1, classes]}
-        for name, kind in tensors.OUTPUT_TYPES.items()
-    ]
+    inputs, outputs = (
+        [{"name": one.name, "datatype": one.datatype, "shape": [-1, *one.shape]} for one in described]
+        for described in (tensors.inputs(manifest), tensors.outputs(manifest))
+    )
     about = {"name": model, "versions": versions, "platform": "pytorch_torchscript"}
-    return about | {"inputs": [pixels, pictures], "outputs": outputs}
+    return about | {"inputs": inputs, "outputs": outputs}
 
 
 @router.get("/v2/models/{model}/config")
@@ -111,23 +118,19 @@ async def config(
 ) -> dict[str, Any]:
     """The model's configuration in Triton's words."""
     manifest = await _manifest(registry, model, version)
-    pixels = {"name": tensors.PIXELS, "data_type": "TYPE_UINT8", "dims": manifest.input.shape, "optional": True}
-    pictures = {"name": tensors.PICTURES, "data_type": "TYPE_STRING", "dims": [1], "optional": True}
-    classes = len(manifest.classes)
-    outputs = [
-        {"name": name, "data_type": "TYPE_STRING", "dims": [1]}
-        if name == tensors.LABEL
-        else {"name": name, "data_type": "TYPE_FP32", "dims": [classes]}
-        for name in tensors.OUTPUT_TYPES
-    ]
+    inputs, outputs = (
+        [{"name": one.name, "data_type": CONFIG_TYPES[one.datatype], "dims": one.shape} for one in described]
+        for described in (tensors.inputs(manifest), tensors.outputs(manifest))
+    )
     return {
         "name": model,
         "platform": "pytorch_torchscript",
         "backend": "pytorch",
         "max_batch_size": settings.max_images,
-        "input": [pixels, pictures],
+        "input": [one | {"optional": True} for one in inputs],
         "output": outputs,
         "dynamic_batching": {"preferred_batch_size": [settings.max_batch], "max_queue_delay_microseconds": 0},
+        "response_cache": {"enable": settings.cache_mb > 0},
     }
 
 
@@ -136,19 +139,25 @@ async def config(
 async def model_ready(registry: RegistryDep, model: str, version: str | None = None) -> JSONResponse:
     """Whether a version would answer: 200, 503 with the reason, or 404."""
     try:
-        registry.entry(model, version)
+        entry = registry.entry(model, version)
+        if entry.state == "unverified":
+            raise errors.NotReady(f"{entry.ref} is still being verified; try again in a moment")
     except (errors.VersionRefused, errors.NothingActive, errors.NotReady, errors.ModelUnloaded) as error:
         return JSONResponse({"name": model, "ready": False, "error": str(error)}, 503)
     return JSONResponse({"name": model, "ready": True})
 
 
 async def _manifest(registry: Registry, model: str, version: str | None) -> Manifest:
-    entry = registry.entry(model, version)
+    entry = await registry.asked(model, version)
     return entry.manifest or (await registry.predictor(entry)).manifest
 
 
 def _statistics(entry: Entry) -> dict[str, Any]:
-    """From the metrics, so that there is one count of everything."""
+    """From the metrics, so that there is one count of everything; what of it is counted where, as Triton has it.
+
+    Refused tensors and a full queue are neither success nor failure. An answer from the cache has waited and succeeded,
+    but not been computed; its share of what no stage took isn't told.
+    """
     counted = figures(entry.ref.model, entry.ref.version)
 
     def duration(name: str, stage: str = "") -> dict[str, int]:
@@ -156,7 +165,10 @@ def _statistics(entry: Entry) -> dict[str, Any]:
         return {"count": int(count), "ns": round(seconds * 1e9)}
 
     stages = {stage: duration("stage_seconds", f":{stage}") for stage in ("total", "queue", "decode", "infer")}
-    rest = stages["total"]["ns"] - sum(stages[stage]["ns"] for stage in ("queue", "decode", "infer"))
+    cache = {outcome: duration("cache_seconds", f":{outcome}") for outcome in ("hit", "miss")}
+    parts = [stages["queue"], stages["decode"], stages["infer"], *cache.values()]
+    rest = max(0, stages["total"]["ns"] - sum(part["ns"] for part in parts))
+    succeeded, computed = stages["total"]["count"], stages["infer"]["count"]
     return {
         "name": entry.ref.model,
         "version": entry.ref.version,
@@ -166,12 +178,12 @@ def _statistics(entry: Entry) -> dict[str, Any]:
         "inference_stats": {
             "success": stages["total"],
             "fail": duration("failed_seconds"),
-            "queue": stages["queue"],
-            "compute_input": stages["decode"],
+            "queue": {"count": succeeded, "ns": stages["queue"]["ns"]},
+            "compute_input": {"count": computed, "ns": stages["decode"]["ns"]},
             "compute_infer": stages["infer"],
-            "compute_output": {"count": stages["total"]["count"], "ns": max(0, rest)},
-            "cache_hit": duration("cache_seconds", ":hit"),
-            "cache_miss": duration("cache_seconds", ":miss"),
+            "compute_output": {"count": computed, "ns": rest * computed // max(1, succeeded)},
+            "cache_hit": cache["hit"],
+            "cache_miss": cache["miss"],
         },
         "batch_stats": [],
     }
@@ -181,11 +193,11 @@ def _statistics(entry: Entry) -> dict[str, Any]:
 
 
 class _IndexRequest(BaseModel):
-    ready: bool = False
+    ready: Annotated[tensors.Flag, tensors.null_is(False)] = False
 
 
 class _RepositoryRequest(BaseModel):
-    parameters: dict[str, Any] = {}
+    parameters: Annotated[dict[str, Any], tensors.null_is({})] = {}
 
 
 @router.post("/v2/repository/index")
@@ -253,42 +265,32 @@ async def infer(request: Request) -> Response:
     settings: Settings = request.state.settings
     registry: Registry = request.state.registry
     path = request.path_params
-    entry = registry.entry(path["model"], path.get("version"))
+    deadline = asyncio.get_running_loop().time() + settings.deadline_seconds
+    entry = await registry.asked(path["model"], path.get("version"), deadline)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
     if entry.predictor:
-        entry.predictor.check_room(asyncio.get_running_loop().time() + settings.deadline_seconds)
+        entry.predictor.check_room(deadline)
     body = await _body(request, settings.max_body_bytes)
-    message = await while_connected(request, _infer(request, registry, entry, body, settings))
-    return _reply(request, message)
+    return await while_connected(request, _infer(request, registry, entry, body, settings))
 
 
-async def _infer(
-    request: Request, registry: Registry, entry: Entry, body: bytes, settings: Settings
-) -> tensors.Message:
+async def _infer(request: Request, registry: Registry, entry: Entry, body: bytes, settings: Settings) -> Response:
     begun = asyncio.get_running_loop().time()
     predictor = await registry.predictor(entry, begun + settings.deadline_seconds)
     manifest = predictor.manifest
     head_bytes = _head_bytes(request)
     asked = body, head_bytes, manifest.input, settings.max_images
-    is_long = (len(body) if head_bytes is None else head_bytes) > THREAD_FROM
+    is_long = (len(body) if head_bytes is None else head_bytes) > THREAD_FROM or len(body) > TENSORS_AT_ONCE
     question, pictures = await asyncio.to_thread(tensors.read, *asked) if is_long else tensors.read(*asked)
     tensors.check_outputs(question)
     request.state.log["images"] = len(pictures)
     seconds = min(settings.deadline_seconds, question.timeout_seconds or settings.deadline_seconds)
-    computed = await predictor.compute(pictures, begun + seconds)
-    return tensors.write(question, manifest, _all_good(pictures, computed.outcomes))
-
-
-def _all_good(pictures: Sequence[Picture], outcomes: Sequence[Row | SafelightError]) -> list[Row]:
-    """The protocol has no place for one picture's error: the first is that of the request."""
-    rows = []
-    for place, outcome in enumerate(outcomes):
-        if isinstance(outcome, ImageRejected | errors.InvalidBase64) and len(pictures) > 1:
-            raise errors.TensorInvalid(f"picture {place} of {len(pictures)}: {outcome}") from outcome
-        if isinstance(outcome, SafelightError):
-            raise outcome
-        rows.append(outcome)
-    return rows
+    computed = await predictor.compute(pictures, begun + seconds, whole=True)  # there is no place for one's own error
+    answered = question, manifest, computed.rows(), accepted(request.headers.get("accept-encoding", ""))
+    is_long = len(pictures) * len(manifest.classes) > WRITTEN_AT_ONCE
+    reply = await asyncio.to_thread(_reply, *answered) if is_long else _reply(*answered)
+    reply.headers.update(provenance(request, manifest, computed.seconds))
+    return reply
 
 
 def _head_bytes(request: Request) -> int | None:
@@ -312,27 +314,65 @@ async def _body(request: Request, max_bytes: int) -> bytes:
 
 
 def _unpack(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    unpacker = zlib.decompressobj(ENCODINGS[encoding])
     try:
-        content = unpacker.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise errors.MalformedBody(f"the body isn't {encoding}: {error}") from error
+        content = _gunzip(body, max_bytes + 1) if encoding == "gzip" else _inflate(body, max_bytes + 1)
+    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise errors.MalformedBody(f"the body isn't {encoding}, or not all of it: {error}") from error
     if len(content) > max_bytes:
         raise errors.BodyTooLarge(
             f"the body has more than {max_bytes} bytes once it is unpacked; the limit is {max_bytes} "
             "(SAFELIGHT_MAX_BODY_BYTES): send fewer or smaller pictures",
             limit=max_bytes,
         )
-    if not unpacker.eof or unpacker.unused_data:
-        raise errors.MalformedBody(f"the body isn't one whole {encoding} stream")
     return content
 
 
-def _reply(request: Request, message: tensors.Message) -> Response:
-    headers = {} if message.head_bytes is None else {HEAD_BYTES: str(message.head_bytes)}
-    body, accepted = message.body, request.headers.get("accept-encoding", "")
-    if len(body) >= COMPRESS_FROM and (encoding := next((name for name in ENCODINGS if name in accepted), None)):
-        body = gzip.compress(body, 1, mtime=0) if encoding == "gzip" else zlib.compress(body, 1)
+def _gunzip(body: bytes, most: int) -> bytes:
+    """The first bytes of all members, which may follow each other (RFC 1952)."""
+    if body.count(GZIP_MEMBER) > MOST_MEMBERS:
+        raise errors.MalformedBody(f"the gzip body has more than {MOST_MEMBERS} members; pack it as one")
+    return gzip.GzipFile(fileobj=BytesIO(body)).read(most)
+
+
+def _inflate(body: bytes, most: int) -> bytes:
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(body, most)
+    if len(content) < most and (not unpacker.eof or unpacker.unused_data):
+        raise EOFError("it ends early, or something follows it")
+    return content
+
+
+@lru_cache(KEPT_HEADERS)
+def accepted(header: str) -> str | None:
+    """Which of ours an Accept-Encoding prefers (RFC 9110, 12.5.3); None: neither."""
+    weights = {}
+    for offered in header.lower().split(","):
+        name, _, weight = (word.strip() for word in offered.partition(";"))
+        weights[name] = _weight(weight)
+
+    def weight_of(name: str) -> float:
+        return weights.get(name, weights.get("*", 0.0))
+
+    best = max(ENCODINGS, key=weight_of)
+    return best if weight_of(best) > 0 and weight_of(best) >= weights.get("identity", 0.0) else None
+
+
+def _weight(text: str) -> float:
+    """One where nothing is said, none where it can't be read."""
+    if not text:
+        return 1.0
+    found = WEIGHT.fullmatch(text)
+    return float(found[1]) if found else 0.0
+
+
+def _reply(question: tensors.Question, manifest: Manifest, rows: Sequence[Row], encoding: str | None) -> Response:
+    message = tensors.write(question, manifest, rows)
+    headers = {"Vary": "Accept-Encoding"}
+    body = message.body
+    if encoding and len(body) >= COMPRESS_FROM:
         headers["Content-Encoding"] = encoding
-    kind = "application/json" if message.head_bytes is None else "application/octet-stream"
-    return Response(body, media_type=kind, headers=headers)
+        body = gzip.compress(body, 1, mtime=0) if encoding == "gzip" else zlib.compress(body, 1)
+    if message.head_bytes is None:
+        return Response(body, media_type="application/json", headers=headers)
+    headers[HEAD_BYTES] = str(message.head_bytes)
+    return Response(body, media_type="application/octet-stream", headers=headers)

@@ -25,6 +25,7 @@ async def list_models(registry: RegistryDep) -> Models:
 @router.get("/{model}", responses=problems.document(errors.ModelNotFound, store.NameInvalid))
 async def get_model(model: str, registry: RegistryDep) -> Model:
     """One model; a version that can't be served has the reason."""
+    await registry.look_for(model, None)
     return _model(registry, model, registry.line(model))
 
 
@@ -34,6 +35,7 @@ async def get_model(model: str, registry: RegistryDep) -> Model:
 )
 async def get_version(model: str, version: str, registry: RegistryDep) -> VersionDetail:
     """One version's manifest and report; also of one that was refused, as far as they can be read."""
+    await registry.look_for(model, version)
     line = registry.line(model)
     entry = registry.found(model, version)
     path = anyio.Path(entry.ref.path(registry.artifacts)) / "report" / "metrics.json"

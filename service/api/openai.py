@@ -5,7 +5,8 @@ Their objects, and ours made into them, are in `openai_objects`; errors get thei
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request
@@ -27,6 +28,7 @@ from service.api.openai_objects import (
     JobEvent,
     Page,
     dataset_id,
+    event_line,
     own_job_id,
 )
 from service.api.schemas import TrainRequest
@@ -41,6 +43,7 @@ from service.jobs.store import JobStore
 router = APIRouter(prefix="/v1")
 
 Value = TypeVar("Value", File, JobEvent, Checkpoint)
+Answer = TypeVar("Answer")
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(description="the last one's id of the page before")]
 
@@ -74,7 +77,7 @@ async def list_files(
     """The uploaded archives, newest first."""
     records = await datasets.list() if purpose == FINE_TUNE else []
     files = sorted(map(File.of, records), key=lambda file: (file.created_at, file.id), reverse=order == "desc")
-    return _page(files, after, limit)
+    return _page(_behind(files, after), limit)
 
 
 @router.get("/files/{file_id}")
@@ -126,7 +129,8 @@ async def create_job(
         promote=body.promote,
         metadata=body.metadata or {},
     )
-    job = await orders.place(orders.Asked(wanted, wanted.dataset), key, registry, settings, datasets, jobs)
+    asked = orders.Asked(wanted, wanted.dataset)
+    job = await orders.place(request, asked, key, registry, settings, datasets, jobs)
     runner.wake()
     request.state.log["job"] = job["id"]
     return FineTuningJob.of(Job.model_validate(job))
@@ -156,7 +160,7 @@ def _jobs_with(jobs: JobStore, wanted: dict[str, str], after: str | None, limit:
 @router.get("/fine_tuning/jobs/{job_id}")
 async def get_job(job_id: str, jobs: JobsDep) -> FineTuningJob:
     """One job; `result` is what the gate found."""
-    return FineTuningJob.of(await asyncio.to_thread(jobs.get, _own_id(job_id)))
+    return FineTuningJob.of(await _ask(jobs.get, job_id))
 
 
 # The SDK sends these three without a body, and calls it JSON: no parameter of theirs may be one.
@@ -165,7 +169,7 @@ async def get_job(job_id: str, jobs: JobsDep) -> FineTuningJob:
 @router.post("/fine_tuning/jobs/{job_id}/cancel")
 async def cancel(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob:
     """End a job for good."""
-    job = await asyncio.to_thread(jobs.cancel, _own_id(job_id))
+    job = await _ask(jobs.cancel, job_id)
     runner.wake()
     return FineTuningJob.of(job)
 
@@ -173,7 +177,7 @@ async def cancel(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob
 @router.post("/fine_tuning/jobs/{job_id}/pause")
 async def pause(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob:
     """Stop a job at its next step."""
-    job = await asyncio.to_thread(jobs.pause, _own_id(job_id))
+    job = await _ask(jobs.pause, job_id)
     runner.wake()
     return FineTuningJob.of(job)
 
@@ -181,7 +185,7 @@ async def pause(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob:
 @router.post("/fine_tuning/jobs/{job_id}/resume")
 async def resume(job_id: str, jobs: JobsDep, runner: RunnerDep) -> FineTuningJob:
     """Let a paused job go on."""
-    job = await asyncio.to_thread(jobs.resume, _own_id(job_id))
+    job = await _ask(jobs.resume, job_id)
     runner.wake()
     return FineTuningJob.of(job)
 
@@ -191,8 +195,7 @@ async def list_events(
     job_id: str, jobs: JobsDep, runner: RunnerDep, limit: Limit = 20, after: After = None
 ) -> Page[JobEvent]:
     """What the run has told, newest first."""
-    job, told = await asyncio.to_thread(_told, jobs, runner, job_id)
-    return _page([JobEvent.of(job, number, event) for number, event in reversed(told)], after, limit)
+    return await _ask(partial(_events, jobs, runner, after, limit), job_id)
 
 
 @router.get("/fine_tuning/jobs/{job_id}/checkpoints")
@@ -200,27 +203,46 @@ async def list_checkpoints(
     job_id: str, jobs: JobsDep, runner: RunnerDep, limit: Limit = 10, after: After = None
 ) -> Page[Checkpoint]:
     """The versions that the job has published."""
-    job, told = await asyncio.to_thread(_told, jobs, runner, job_id)
-    return _page(Checkpoint.all_of(job, [event for _, event in told])[::-1], after, limit)
+    return _page(_behind(await _ask(partial(_checkpoints, jobs, runner), job_id), after), limit)
 
 
-def _told(jobs: JobStore, runner: Runner, job_id: str) -> tuple[Job, list[history.Numbered]]:
-    job = jobs.get(_own_id(job_id))
-    return job, history.numbered(runner.folder_of(job) / history.EVENTS)
+def _events(jobs: JobStore, runner: Runner, after: str | None, limit: int, job_id: str) -> Page[JobEvent]:
+    job = jobs.get(job_id)
+    path = runner.folder_of(job) / history.EVENTS
+    if after is None:
+        told = history.newest(path, limit + 1)
+    else:
+        line = event_line(after, job.id)
+        told = history.newest(path, limit + 2, line)
+        if not told or told.pop(0)[0] != line:
+            raise _not_there()
+    return _page([JobEvent.of(job, number, event) for number, event in told], limit)
+
+
+def _checkpoints(jobs: JobStore, runner: Runner, job_id: str) -> list[Checkpoint]:
+    job = jobs.get(job_id)
+    told = history.parse(history.Tail(runner.folder_of(job) / history.EVENTS).read())
+    return Checkpoint.all_of(job, told)[::-1]
 
 
 # --- what all of them need ---
 
 
-def _page(items: Sequence[Value], after: str | None, limit: int) -> Page[Value]:
-    """Those behind `after`."""
-    ids = [item.id for item in items]
-    if after is not None and after not in ids:
-        raise _invalid("after", "nothing in the list has this id")
-    begin = 0 if after is None else ids.index(after) + 1
-    found = list(items[begin : begin + limit])
+def _page(items: Sequence[Value], limit: int) -> Page[Value]:
+    """The first of them."""
+    found = list(items[:limit])
     ends = {"first_id": found[0].id, "last_id": found[-1].id} if found else {}
-    return Page(data=found, has_more=len(items) > begin + limit, **ends)
+    return Page(data=found, has_more=len(items) > limit, **ends)
+
+
+def _behind(items: Sequence[Value], after: str | None) -> Sequence[Value]:
+    """Those that follow the one with this id."""
+    if after is None:
+        return items
+    ids = [item.id for item in items]
+    if after not in ids:
+        raise _not_there()
+    return items[ids.index(after) + 1 :]
 
 
 async def _dataset(datasets: DatasetStore, file_id: str, param: str) -> DatasetRecord:
@@ -232,10 +254,26 @@ async def _dataset(datasets: DatasetStore, file_id: str, param: str) -> DatasetR
         raise DatasetNotFound(message, param=param) from error
 
 
+async def _ask(what: Callable[[str], Answer], job_id: str) -> Answer:
+    """Ask something of a job, by its id here. Raises JobNotFound in the client's words."""
+    try:
+        return await asyncio.to_thread(what, _own_id(job_id))
+    except errors.JobNotFound as error:
+        raise _no_job(job_id) from error
+
+
 def _own_id(job_id: str) -> str:
     if found := own_job_id(job_id):
         return found
-    raise errors.JobNotFound(f"there is no job {job_id[:80]!r}; GET /v1/fine_tuning/jobs lists those that there are")
+    raise _no_job(job_id)
+
+
+def _no_job(job_id: str) -> errors.JobNotFound:
+    return errors.JobNotFound(f"there is no job {job_id[:80]!r}; GET /v1/fine_tuning/jobs lists those that there are")
+
+
+def _not_there() -> RequestValidationError:
+    return _invalid("after", "nothing in the list has this id")
 
 
 def _invalid(parameter: str, message: str) -> RequestValidationError:

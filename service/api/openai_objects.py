@@ -14,6 +14,7 @@ Value = TypeVar("Value")
 
 FILE_ID = re.compile(r"file-([0-9a-f]{16})")
 JOB_ID = re.compile(r"ftjob-([0-9a-f]{24})")
+EVENT_ID = re.compile(r"ftevent-([0-9a-f]{24})-([1-9][0-9]{0,8})")
 
 FINE_TUNE = "fine-tune"
 STATUSES: dict[Status, str] = {"validating": "validating_files"}  # the others have the same names
@@ -40,6 +41,16 @@ def own_job_id(job_id: str) -> str | None:
 
 def openai_job_id(job_id: str) -> str:
     return f"ftjob-{job_id.removeprefix('job-')}"
+
+
+def event_id(job_id: str, line: int) -> str:
+    return f"ftevent-{job_id.removeprefix('job-')}-{line}"
+
+
+def event_line(event_id: str, job_id: str) -> int | None:
+    """None where no event of this job can have this id."""
+    match = EVENT_ID.fullmatch(event_id)
+    return int(match[2]) if match and f"job-{match[1]}" == job_id else None
 
 
 # --- requests ---
@@ -233,7 +244,7 @@ class JobEvent(BaseModel):
         """`number` is that of the event's line."""
         figures = _figures(told)
         return cls(
-            id=f"ftevent-{job.id.removeprefix('job-')}-{number}",
+            id=event_id(job.id, number),
             created_at=_seconds(told.at),
             level=LEVELS.get(type(told), "info"),
             message=_message(told),
@@ -319,19 +330,21 @@ class Checkpoint(BaseModel):
     @classmethod
     def all_of(cls, job: Job, told: list[events.Event]) -> list["Checkpoint"]:
         """Those that a run has published, with the last figures before."""
-        found, metrics = [], CheckpointMetrics(step=0)
+        found: list[Checkpoint] = []
+        figures: dict[str, Any] = {"step": 0}
         for event in told:
             match event:
                 case events.Progress():
-                    metrics = metrics.model_copy(update={"step": event.step, "train_loss": event.loss})
+                    figures |= {"step": event.step, "train_loss": event.loss}
                 case events.Epoch():
-                    metrics = CheckpointMetrics(
-                        step=event.step,
-                        train_loss=event.train_loss,
-                        valid_loss=event.holdout_loss,
-                        valid_accuracy=event.holdout_accuracy,
-                    )
+                    figures = {
+                        "step": event.step,
+                        "train_loss": event.train_loss,
+                        "valid_loss": event.holdout_loss,
+                        "valid_accuracy": event.holdout_accuracy,
+                    }
                 case events.Published():
+                    metrics = CheckpointMetrics(**figures)
                     checkpoint = cls(
                         id=f"ftckpt_{job.id.removeprefix('job-')}-{event.version}",
                         created_at=_seconds(event.at),

@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,20 +16,23 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from service.api.bodies import media_type
+from service.api.connection import while_connected
 from service.api.schemas import TrainRequest, TrainSettings
-from service.api.uploads import receive_form
-from service.errors import DatasetNotFound, KeyInvalid, NameTaken, UnsupportedBody
+from service.api.uploads import read_json, receive_form
+from service.errors import DatasetNotFound, KeyInvalid, UnsupportedBody
 from service.inference.registry import Registry
 from service.jobs.datasets import DatasetStore, Upload
-from service.jobs.job import Builtin, Order, Pictures
+from service.jobs.job import Builtin, Job, Order, Pictures
 from service.jobs.store import JobStore
 from service.settings import Settings
 from training.bundle import store
+from training.bundle.classes import BUILT_IN, settled
 from training.bundle.tuning import Tuning
 
 Body = TypeVar("Body", bound=BaseModel)
 
 KEY = re.compile(r'"?([\x21\x23-\x7e]{1,255})"?')  # with or without the quotes that the draft standard asks for
+BESIDE_CHECKS = timedelta(minutes=1)  # what else there is to do takes milliseconds, on a machine that isn't swamped
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ async def read(request: Request, datasets: DatasetStore) -> AsyncIterator[Asked]
     """
     kind = media_type(request)
     if kind == "application/json":
-        asked = checked(TrainRequest, await request.body())
+        asked = checked(TrainRequest, await read_json(request, "pictures come as the file `dataset` of a form"))
         yield Asked(asked, asked.dataset)
     elif kind == "multipart/form-data":
         async with datasets.uploading() as upload:
@@ -92,14 +97,20 @@ def key_of(given: str | None) -> str | None:
 
 
 async def place(
-    asked: Asked, key: str | None, registry: Registry, settings: Settings, datasets: DatasetStore, jobs: JobStore
+    request: Request,
+    asked: Asked,
+    key: str | None,
+    registry: Registry,
+    settings: Settings,
+    datasets: DatasetStore,
+    jobs: JobStore,
 ) -> dict[str, Any]:
     """Queue a job: its JSON. A request that comes again with its key gets what it got first."""
-    if key and (answered := await asyncio.to_thread(jobs.claim, key, asked.fingerprint())):
+    if key and (answered := await asyncio.to_thread(jobs.claim, key, asked.fingerprint(), _longest(settings))):
         return answered
     try:
-        order = await settle(asked, registry, datasets, settings)
-        job = await asyncio.to_thread(jobs.create, order, queue_size=settings.queued_jobs, key=key)
+        order = await settle(request, asked, registry, datasets, settings)
+        job = await asyncio.to_thread(_queue, order, key, settings, datasets, jobs)
     except BaseException:
         if key:
             await asyncio.to_thread(jobs.release, key)
@@ -107,17 +118,35 @@ async def place(
     return job.model_dump(mode="json")
 
 
-async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings) -> Order:
-    """Name the base's version, and take in the data. Raises what is wrong with any of it, the quick checks first."""
+def _queue(order: Order, key: str | None, settings: Settings, datasets: DatasetStore, jobs: JobStore) -> Job:
+    """Its data set stays until the job that needs it is there. Raises DatasetNotFound, JobsFull."""
+    with datasets.holding(order.dataset) if isinstance(order.dataset, str) else nullcontext():
+        return jobs.create(order, queue_size=settings.queued_jobs, key=key)
+
+
+def _longest(settings: Settings) -> timedelta:
+    """That it may take to answer a request whose body is here: all the checks before its own, and its own."""
+    rounds = math.ceil(settings.dataset_uploads / settings.dataset_checks)
+    return timedelta(seconds=rounds * settings.dataset_seconds) + BESIDE_CHECKS
+
+
+async def settle(
+    request: Request, asked: Asked, registry: Registry, datasets: DatasetStore, settings: Settings
+) -> Order:
+    """Name the base's version, and take in the data. Raises what is wrong with any of it, the quick checks first, and
+    ClientGone where nobody waits for the check of the pictures any more."""
     wanted = asked.settings
-    base = registry.entry(wanted.model, wanted.version)
+    base = await registry.asked(wanted.model, wanted.version)
     name = wanted.model if wanted.name is None else wanted.name
     store.check_model_name(name)
     store.check_writable(settings.artifacts, name)
     tuning = Tuning.parse(wanted.recipe)
-    dataset, classes = await _data(asked.dataset, str(base.ref), datasets, settings)
-    if classes and base.manifest:
-        _check_classes(registry, name, _new_classes(base.manifest.classes, classes, tuning))
+    dataset, classes = await _data(request, asked.dataset, str(base.ref), datasets, settings)
+    if base.manifest:
+        namesakes = [
+            manifest.classes for manifest in await asyncio.to_thread(store.namesakes, settings.artifacts, name)
+        ]
+        settled(name, base.manifest.classes, classes, keep=tuning.keep_classes, namesakes=namesakes)
     return Order(
         model=base.ref.model,
         version=base.ref.version,
@@ -131,41 +160,16 @@ async def settle(asked: Asked, registry: Registry, datasets: DatasetStore, setti
 
 
 async def _data(
-    dataset: Pictures | Upload, base: str, datasets: DatasetStore, settings: Settings
+    request: Request, dataset: Pictures | Upload, base: str, datasets: DatasetStore, settings: Settings
 ) -> tuple[Pictures, Sequence[str]]:
-    """The data set as a job names it, and its classes, as far as they are known."""
+    """The data set as a job names it, and its classes."""
     if isinstance(dataset, Builtin):
         if settings.data is None:
             name = dataset.builtin
             raise DatasetNotFound(f"{name} isn't on this machine; set SAFELIGHT_DATA to the folder that holds it")
-        return dataset, ()
-    asked = datasets.check(dataset, model=base) if isinstance(dataset, Upload) else datasets.get(dataset)
-    record = await asked
+        return dataset, BUILT_IN[dataset.builtin]
+    if isinstance(dataset, Upload):
+        record = await while_connected(request, datasets.check(dataset, model=base))
+    else:
+        record = await datasets.get(dataset)
     return record.id, record.classes
-
-
-def _new_classes(base: Sequence[str], found: Sequence[str], tuning: Tuning) -> list[str]:
-    """The base's where the pictures bring no other; else theirs, and the base's too if those are kept."""
-    known = {label.casefold() for label in base}
-    new = [label for label in found if label.casefold() not in known]
-    return [*base, *new] if tuning.keep_classes or not new else list(found)
-
-
-def _check_classes(registry: Registry, name: str, classes: Sequence[str]) -> None:
-    """A model keeps its classes from version to version. Raises NameTaken."""
-    line = registry.lines.get(name)
-    entries = [entry for entry in line.entries.values() if entry.manifest] if line else []
-    if not entries:
-        return
-    newest = entries[-1].manifest
-    assert newest
-    if {label.casefold() for label in newest.classes} != {label.casefold() for label in classes}:
-        raise NameTaken(
-            f"model {name} has the classes {_listed(newest.classes)}; the new version would have "
-            f"{_listed(classes)}: give it another `name`"
-        )
-
-
-def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(label[:40] for label in labels[:10])
-    return shown + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")

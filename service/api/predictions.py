@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
-from starlette.datastructures import State
 
 from service import errors
 from service.api import problems
@@ -109,7 +108,7 @@ async def predict(request: Request) -> Response:
     clock = asyncio.get_running_loop().time
     allowed = settings.deadline_seconds
     seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
-    entry = registry.entry(question.model, question.version)
+    entry = await registry.asked(question.model, question.version, clock() + seconds)
     state.log.update(model=entry.ref.model, version=entry.ref.version)
     if entry.predictor:
         entry.predictor.check_room(clock() + seconds)
@@ -117,7 +116,7 @@ async def predict(request: Request) -> Response:
     deadline = clock() + seconds
     state.log["images"] = len(pictures)
     manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
-    return _reply(state, manifest, answered)
+    return _reply(request, manifest, answered)
 
 
 @lru_cache(KEPT_QUESTIONS)
@@ -141,20 +140,26 @@ async def answer(
     return manifest, await predictor.predict(pictures, best, deadline)
 
 
-def _reply(state: State, manifest: Manifest, answered: Answered) -> Response:
-    """The answer in JSON, with its timings and the weights' digest beside it."""
+def _reply(request: Request, manifest: Manifest, answered: Answered) -> Response:
+    """The answer in JSON."""
     outcomes = answered.outcomes
-    timing = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in answered.seconds.items())
-    state.log["timing"] = timing
+    headers = provenance(request, manifest, answered.seconds)
     if len(outcomes) == 1 and isinstance(outcomes[0], SafelightError):
         raise outcomes[0]
     content = {
         "model": manifest.model,
         "version": manifest.version,
-        "predictions": [prediction(outcome, state.request_id) for outcome in outcomes],
+        "predictions": [prediction(outcome, request.state.request_id) for outcome in outcomes],
     }
-    headers = {"Server-Timing": timing, "X-Weights-SHA256": manifest.weights_sha256}
     return Response(to_json(content), media_type="application/json", headers=headers)
+
+
+def provenance(request: Request, manifest: Manifest, seconds: dict[str, float]) -> dict[str, str]:
+    """What the reply of every prediction says of it: how long each stage took, as its log line does, and which weights
+    answered."""
+    timing = ", ".join(f"{stage};dur={taken * 1000:.2f}" for stage, taken in seconds.items())
+    request.state.log["timing"] = timing
+    return {"Server-Timing": timing, "X-Weights-SHA256": manifest.weights_sha256}
 
 
 def prediction(outcome: Answer | SafelightError, request_id: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from service import errors
 from service.telemetry import ERRORS
 from training import SafelightError
-from training.bundle import images, store, tuning
+from training.bundle import classes, images, store, tuning
 
 MEDIA_TYPE = "application/problem+json"
 OPENAI = "/v1/"
@@ -64,7 +64,7 @@ PROBLEMS: dict[type[SafelightError], Kind] = {
     errors.JobFileNotFound: Kind(404, "job_file_not_found", "The job has no such file here"),
     errors.JobStateConflict: Kind(409, "job_state_conflict", "Not possible in the state that the job is in"),
     errors.JobsFull: Kind(429, "jobs_full", "No more jobs may wait"),
-    errors.NameTaken: Kind(409, "name_taken", "The name is that of a model with other classes"),
+    classes.NameTaken: Kind(409, "name_taken", "The name is that of a model with other classes"),
     errors.KeyInvalid: Kind(422, "idempotency_key_invalid", "Not a possible Idempotency-Key"),
     errors.KeyReused: Kind(422, "idempotency_key_reused", "The Idempotency-Key came with another request before"),
     errors.KeyInUse: Kind(409, "idempotency_key_in_use", "The first request with this key is still being answered"),

@@ -13,6 +13,7 @@ from service.lifecycle import Lifecycle
 
 MEDIA_TYPE = "text/event-stream"
 POLL_SECONDS = 0.3
+PORTION = 100  # events; after so many others have their turn
 HEARTBEAT_SECONDS = 15.0  # proxies close a connection on which nothing comes for a minute or so
 
 
@@ -21,11 +22,13 @@ async def stream(jobs: JobStore, job_id: str, tail: Tail, lifecycle: Lifecycle) 
     sent = time.monotonic()
     while not lifecycle.draining:
         job = await asyncio.to_thread(jobs.get, job_id)  # before its events: those of a job that is over are all there
-        begun = tail.lines
-        for number, line in enumerate(tail.read(), begun + 1):
+        begun, lines = tail.lines, await asyncio.to_thread(tail.read, PORTION)
+        for number, line in enumerate(lines, begun + 1):
             kinds = [event.event for event in parse([line])]
             yield format_sse_event(data_str=line.decode().rstrip(), event=next(iter(kinds), None), id=str(number))
             sent = time.monotonic()
+        if len(lines) == PORTION:
+            continue  # there may be more of them
         if job.status in TERMINAL:
             yield format_sse_event(data_str=job.model_dump_json(), event="end")
             return

@@ -9,11 +9,12 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError
 from pydantic_core import to_json
 
 from service.api.bodies import from_base64
@@ -23,55 +24,82 @@ from training.bundle.answers import Row
 from training.bundle.images import Pixels
 from training.bundle.manifest import InputSpec, Manifest
 
-PIXELS, PICTURES = "pixels", "pictures"  # the inputs; a request has one of them
+PIXELS, PICTURES = "pixels", "pictures"  # the inputs; of a request that has both, pixels are read
 PROBABILITIES, LOGITS, LABEL = "probabilities", "logits", "label"  # the outputs; all of them where none is named
 
 PIXEL_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("<u1"), "FP32": np.dtype("<f4")}
 OUTPUT_TYPES = {PROBABILITIES: "FP32", LOGITS: "FP32", LABEL: "BYTES"}
 
 Strings = list[bytes]
-Parameters = dict[str, Any]
+
+Whole = Annotated[int, Strict(), Field(ge=0, le=2**64 - 1)]  # the protocol's numbers have 64 bits and no sign
+Flag = Annotated[bool, Strict()]
+
+
+def null_is(absent: object) -> BeforeValidator:
+    """Some clients send null for what they don't say."""
+    return BeforeValidator(lambda value: absent if value is None else value)
+
+
+# --- the messages' JSON; parameters that aren't named here are passed over ---
+
+
+class InputParameters(BaseModel, extra="allow"):
+    binary_data_size: Whole | None = None
+
+
+class OutputParameters(BaseModel, extra="allow"):
+    binary_data: Flag | None = None
+    classification: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="how many of the best classes to name in the tensor's place"
+    )
+
+
+class QuestionParameters(BaseModel, extra="allow"):
+    binary_data_output: Flag | None = Field(None, description="for the outputs that don't say it themselves")
+    timeout: Whole | None = Field(None, description="in microseconds; 0 is none")
+    priority: Whole | None = Field(None, description="changes nothing: there is one queue")
 
 
 class Input(BaseModel):
     name: str
     datatype: str
     shape: list[int]
-    parameters: Parameters = {}
+    parameters: Annotated[InputParameters, null_is({})] = Field(default_factory=InputParameters)
     data: list[Any] | None = None
 
     @property
     def size(self) -> int | None:
         """Of its part behind the JSON; None where it stands in `data`. Raises TensorInvalid."""
-        size = self.parameters.get("binary_data_size")
-        if size is None:
-            return None
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0 or self.data is not None:
-            raise TensorInvalid(f"input {self.name!r} needs either `data` or a whole number as binary_data_size")
+        size = self.parameters.binary_data_size
+        if size is not None and self.data is not None:
+            raise TensorInvalid(f"input {self.name[:80]!r} has both `data` and a binary_data_size; send one of them")
         return size
 
 
 class Output(BaseModel):
-    """`parameters`: `binary_data`, and `classification`, how many of the best classes to name in its place."""
-
     name: str
-    parameters: Parameters = {}
+    parameters: Annotated[OutputParameters, null_is({})] = Field(default_factory=OutputParameters)
 
 
 class Question(BaseModel):
-    """`parameters`: `binary_data_output` for all outputs, and `timeout` in microseconds."""
-
     id: str | None = None
-    parameters: Parameters = {}
+    parameters: Annotated[QuestionParameters, null_is({})] = Field(default_factory=QuestionParameters)
     inputs: list[Input] = Field(min_length=1)
-    outputs: list[Output] = []
+    outputs: Annotated[list[Output], null_is([])] = []
 
     @property
     def timeout_seconds(self) -> float | None:
-        timeout = self.parameters.get("timeout", 0)
-        if not isinstance(timeout, int) or timeout < 0:
-            raise TensorInvalid("the parameter `timeout` must be a whole number of microseconds")
-        return timeout / 1e6 or None
+        return self.parameters.timeout / 1e6 if self.parameters.timeout else None
+
+
+@dataclass(frozen=True)
+class Described:
+    """An input or output as the model's metadata has it; `shape` is of one picture."""
+
+    name: str
+    datatype: str
+    shape: list[int]
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,20 @@ class Message:
 
     body: bytes
     head_bytes: int | None
+
+
+# --- what there is ---
+
+
+def inputs(manifest: Manifest) -> list[Described]:
+    return [Described(PIXELS, "UINT8", list(manifest.input.shape)), Described(PICTURES, "BYTES", [1])]
+
+
+def outputs(manifest: Manifest) -> list[Described]:
+    return [
+        Described(name, datatype, [1] if name == LABEL else [len(manifest.classes)])
+        for name, datatype in OUTPUT_TYPES.items()
+    ]
 
 
 # --- from bytes to pictures ---
@@ -92,7 +134,7 @@ def read(body: bytes, head_bytes: int | None, spec: InputSpec, max_images: int) 
     """
     if head_bytes == 0:
         whole = Input(name=PICTURES, datatype="BYTES", shape=[1])
-        return Question(inputs=[whole], parameters={"binary_data_output": True}), [_not_empty(body)]
+        return Question(inputs=[whole], parameters=QuestionParameters(binary_data_output=True)), [_not_empty(body)]
     if head_bytes is not None and head_bytes > len(body):
         raise MalformedBody(f"Inference-Header-Content-Length is {head_bytes}; the body has only {len(body)} bytes")
     question = _parse(body[:head_bytes])
@@ -100,18 +142,15 @@ def read(body: bytes, head_bytes: int | None, spec: InputSpec, max_images: int) 
 
 
 def pictures_of(question: Question, behind: bytes, spec: InputSpec, max_images: int) -> list[Picture]:
-    """The one input; `behind` is what follows the JSON. Raises TensorInvalid, NoImages, TooManyImages."""
-    tensor = _only(question.inputs)
+    """What the input holds; `behind` is what follows the JSON. Raises TensorInvalid, NoImages, TooManyImages."""
+    tensor = _chosen(question.inputs)
     _check_parameters(question)
-    if (tensor.size or 0) != len(behind):
-        raise TensorInvalid(
-            f"input {tensor.name!r} has a binary_data_size of {tensor.size or 0}; {len(behind)} bytes follow the JSON"
-        )
+    part = _part_of(tensor, question.inputs, behind)
     if tensor.size is None and tensor.data is None:
         raise TensorInvalid(f"input {tensor.name!r} has no data: neither `data` nor a binary_data_size")
     if tensor.name == PIXELS:
-        return list(_pixels(tensor, behind, spec, max_images))
-    return _pictures(tensor, behind, max_images)
+        return list(_pixels(tensor, part, spec, max_images))
+    return _pictures(tensor, part, max_images)
 
 
 def _parse(head: bytes) -> Question:
@@ -123,18 +162,34 @@ def _parse(head: bytes) -> Question:
         raise MalformedBody(f"{where}: {first['msg']}") from error
 
 
-def _only(inputs: list[Input]) -> Input:
-    names = [tensor.name[:80] for tensor in inputs]
-    if len(names) != 1 or names[0] not in (PIXELS, PICTURES):
-        raise TensorInvalid(f"a request has one input, {PIXELS!r} or {PICTURES!r}; this one has {names}")
-    return inputs[0]
+def _chosen(sent: list[Input]) -> Input:
+    """The one to read. A client that fills whatever the metadata names, as perf_analyzer does, has filled both."""
+    names = [tensor.name for tensor in sent]
+    if len(set(names)) < len(names) or not set(names) <= {PIXELS, PICTURES}:
+        found = [name[:80] for name in names[:10]]
+        raise TensorInvalid(f"a request has one input, {PIXELS!r} or {PICTURES!r}; this one has {found}")
+    return next((tensor for tensor in sent if tensor.name == PIXELS), sent[0])
+
+
+def _part_of(tensor: Input, sent: list[Input], behind: bytes) -> bytes:
+    """Its bytes of those behind the JSON, where the inputs lie in their order."""
+    sizes = [one.size or 0 for one in sent]
+    if sum(sizes) != len(behind):
+        told = " and ".join(f"{size} of {one.name!r}" for one, size in zip(sent, sizes, strict=True))
+        raise TensorInvalid(f"{len(behind)} bytes follow the JSON; by binary_data_size there should be {told}")
+    place = sent.index(tensor)
+    start = sum(sizes[:place])
+    return behind[start : start + sizes[place]]
 
 
 def _check_parameters(question: Question) -> None:
     """Raises TensorInvalid for what would be wrong to pass over."""
-    places = [question.parameters]
-    places += [tensor.parameters for tensor in question.inputs] + [output.parameters for output in question.outputs]
-    for name in (name for parameters in places for name in parameters):
+    if question.id is not None and "\0" in question.id:
+        raise TensorInvalid("`id` holds a null character; send one without")
+    places: list[BaseModel] = [question.parameters]
+    places += [tensor.parameters for tensor in question.inputs]
+    places += [output.parameters for output in question.outputs]
+    for name in (name for parameters in places for name in parameters.model_extra or ()):
         if name.startswith(("shared_memory", "sequence_")):
             raise TensorInvalid(f"the parameter {name[:80]!r} isn't supported here: send the tensors in the request")
 
@@ -147,7 +202,7 @@ def _pixels(tensor: Input, behind: bytes, spec: InputSpec, max_images: int) -> P
         wanted = ", ".join(map(str, spec.shape))
         raise TensorInvalid(f"input {PIXELS!r} has the shape {list(shape)}; the model takes [N, {wanted}]")
     if tensor.datatype not in PIXEL_TYPES:
-        raise TensorInvalid(f"input {PIXELS!r} is {tensor.datatype[:20]}; the model takes UINT8, or FP32 of 0 to 255")
+        raise TensorInvalid(f"input {PIXELS!r} is {tensor.datatype[:20]!r}; the model takes UINT8, or FP32 of 0 to 255")
     kind = PIXEL_TYPES[tensor.datatype]
     values = _from_json(tensor, shape) if tensor.data is not None else _from_memory(behind, kind, shape)
     if values.dtype != np.uint8:
@@ -186,14 +241,18 @@ def _pictures(tensor: Input, behind: bytes, max_images: int) -> list[Picture]:
     """Encoded pictures [N] or [N, 1]: as they are, or in JSON as base64."""
     shape = tensor.shape
     if tensor.datatype != "BYTES":
-        raise TensorInvalid(f"input {PICTURES!r} is {tensor.datatype[:20]}; it must be BYTES: encoded pictures")
+        raise TensorInvalid(f"input {PICTURES!r} is {tensor.datatype[:20]!r}; it must be BYTES: encoded pictures")
     if len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
         raise TensorInvalid(f"input {PICTURES!r} has the shape {shape}; it must be [N] or [N, 1]")
     count = _count(shape[0], max_images)
-    found: Sequence[Picture] = _from_base64(tensor.data) if tensor.data is not None else list(_strings(behind))
+    if tensor.data is not None:
+        found: list[Picture] = _from_base64(tensor.data)
+    else:
+        found = list(islice(_strings(behind), count + 1))  # of millions of empty ones no more than tells it
     if len(found) != count:
-        raise TensorInvalid(f"input {PICTURES!r} holds {len(found)} pictures; its shape says {count}")
-    return list(found)
+        held = len(found) if len(found) < count else f"more than {count}"
+        raise TensorInvalid(f"input {PICTURES!r} holds {held} pictures; its shape says {count}")
+    return found
 
 
 def _from_base64(data: list[Any]) -> list[Picture]:
@@ -234,11 +293,12 @@ def _not_empty(body: bytes) -> bytes:
 
 def write(question: Question, manifest: Manifest, rows: Sequence[Row]) -> Message:
     """The outputs that are asked for, of each row. Raises TensorInvalid for one that there isn't."""
-    all_binary = question.parameters.get("binary_data_output", False)
+    all_binary = question.parameters.binary_data_output
     descriptions, behind = [], []
     for wanted in question.outputs or [Output(name=name) for name in OUTPUT_TYPES]:
         description, values = _output(wanted, rows)
-        if wanted.parameters.get("binary_data", all_binary):
+        is_binary = wanted.parameters.binary_data
+        if all_binary if is_binary is None else is_binary:
             content = values.tobytes() if isinstance(values, np.ndarray) else _lengths_and(values)
             behind.append(content)
             description["parameters"] = {"binary_data_size": len(content)}
@@ -261,18 +321,17 @@ def check_outputs(question: Question) -> None:
             raise TensorInvalid(f"there is no output {output.name[:80]!r}; there is {', '.join(OUTPUT_TYPES)}")
         if names.count(output.name) > 1:
             raise TensorInvalid(f"output {output.name!r} is asked for twice")
-        best = output.parameters.get("classification")
-        if best is not None and (output.name == LABEL or not isinstance(best, int) or best < 1):
-            raise TensorInvalid("`classification` is a number of classes, for the output probabilities or logits")
+        if output.name == LABEL and output.parameters.classification is not None:
+            raise TensorInvalid(f"`classification` is for the outputs {PROBABILITIES} and {LOGITS}, not for {LABEL}")
 
 
 def _output(wanted: Output, rows: Sequence[Row]) -> tuple[dict[str, Any], NDArray[np.float32] | Strings]:
-    if best := wanted.parameters.get("classification"):
+    if best := wanted.parameters.classification:
         texts = [text for row in rows for text in _best(wanted.name, row, best)]
         return _describe(wanted.name, "BYTES", [len(rows), len(texts) // len(rows)]), texts
     if wanted.name == LABEL:
         labels = [ranking.classes[ranking.order[row, 0]].encode() for ranking, row in rows]
-        return _describe(LABEL, "BYTES", [len(rows)]), labels
+        return _describe(LABEL, "BYTES", [len(rows), 1]), labels
     values = np.stack([_values(wanted.name, row) for row in rows])  # [N, K]
     return _describe(wanted.name, "FP32", list(values.shape)), values
 

@@ -16,6 +16,7 @@ from service.jobs.child import LOG
 from service.jobs.job import ID, TERMINAL, Job, Status
 from service.jobs.runner import CURVE
 from training.bundle import store
+from training.bundle.classes import NameTaken
 from training.bundle.tuning import TuningInvalid
 
 router = APIRouter(prefix="/train")
@@ -44,7 +45,7 @@ _BODY = {"application/json": {"schema": _JSON}, "multipart/form-data": {"schema"
         errors.VersionRefused,
         store.NameInvalid,
         store.ArtifactsUnwritable,
-        errors.NameTaken,
+        NameTaken,
         TuningInvalid,
         errors.DatasetNotFound,
         errors.BodyTooLarge,
@@ -70,7 +71,7 @@ async def train(
     """Start a fine-tuning job: JSON that names a data set, or a form that holds the archive itself."""
     key = orders.key_of(idempotency_key)
     async with orders.read(request, datasets) as asked:
-        job = await orders.place(asked, key, registry, settings, datasets, jobs)
+        job = await orders.place(request, asked, key, registry, settings, datasets, jobs)
     runner.wake()
     request.state.log["job"] = job["id"]
     return JSONResponse(job, 202, {"Location": f"/train/{job['id']}", "Retry-After": LOOK_AGAIN_SECONDS})
@@ -122,8 +123,8 @@ async def get_events(
         found, more = await asyncio.to_thread(history.page, path, after=after, limit=limit)
         return JSONResponse({"events": found, "has_more": more})
     tail = history.Tail(path)
-    tail.read(after if last_event_id is None else last_event_id)
-    if last_event_id is not None and job.status in TERMINAL and tail.at_end():
+    await asyncio.to_thread(tail.read, after if last_event_id is None else last_event_id)
+    if last_event_id is not None and job.status in TERMINAL and await asyncio.to_thread(tail.at_end):
         return Response(status_code=204)  # a browser that had it all asks again, until it is told so
     return StreamingResponse(
         server_sent.stream(jobs, job_id, tail, lifecycle),
@@ -146,7 +147,8 @@ async def get_curve(job_id: str, jobs: JobsDep, runner: RunnerDep) -> Response:
     job = await asyncio.to_thread(jobs.get, job_id)
     content = await asyncio.to_thread(_content, runner.folder_of(job) / CURVE)
     if content is None:
-        raise errors.JobFileNotFound(f"{job_id} is {job.status} and has no learning curve yet")
+        until_now = ": only training beyond a head draws one" if job.status in TERMINAL else " yet"
+        raise errors.JobFileNotFound(f"{job_id} is {job.status} and has no learning curve{until_now}")
     return Response(content, media_type="image/png")
 
 

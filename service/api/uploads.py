@@ -14,7 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.api.schemas import BuiltInDataset
-from service.errors import MalformedBody, UnsupportedBody
+from service.errors import BodyTooLarge, MalformedBody, UnsupportedBody
 from service.jobs.datasets import Upload
 
 ARCHIVES = ("zip", "x-zip-compressed", "x-tar", "gzip", "x-gzip", "x-gtar", "x-bzip2", "x-xz", "octet-stream")
@@ -38,12 +38,12 @@ class Fields(BaseModel, extra="forbid"):
 async def receive(request: Request, upload: Upload) -> BuiltInDataset | Fields:
     """Write a request's files into the upload; what else it says is returned.
 
-    Raises MalformedBody, UnsupportedBody, and what Upload raises.
+    Raises MalformedBody, BodyTooLarge, UnsupportedBody, and what Upload raises.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     kind, _, subtype = media_type.partition("/")
     if media_type == "application/json":
-        return _from_json(await _text(request))
+        return _from_json(await read_json(request, "it only names a built-in data set"))
     if media_type == "multipart/form-data":
         text = await receive_form(request, upload)
         if not upload.begun:
@@ -58,12 +58,15 @@ async def receive(request: Request, upload: Upload) -> BuiltInDataset | Fields:
     raise UnsupportedBody(f"content type {media_type} isn't read here{hint}; send {FORMS}")
 
 
-async def _text(request: Request) -> bytes:
+async def read_json(request: Request, remedy: str) -> bytes:
+    """A body of JSON, where archives as large as a disk may come too. Raises BodyTooLarge as soon as it is."""
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > TEXT_BYTES:
-            raise MalformedBody(f"the JSON has more than {TEXT_BYTES} bytes; it only names a built-in data set")
+            raise BodyTooLarge(
+                f"the JSON has more than {TEXT_BYTES} bytes; the limit is {TEXT_BYTES}: {remedy}", limit=TEXT_BYTES
+            )
     return body
 
 
@@ -82,7 +85,7 @@ async def receive_form(
     The file of the name `archive` is one; any other is a picture of the class that it is named by, if such may come.
     Raises MalformedBody, and what Upload raises.
     """
-    form = _Form(request.headers["content-type"], archive, labelled)
+    form = _Form(request.headers.get("content-type", ""), archive, labelled)
     async for chunk in request.stream():
         for event in form.feed(chunk):
             if event.kind == "data":

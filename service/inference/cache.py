@@ -1,8 +1,9 @@
 """What the model said of pictures that it has seen, so that it needn't say it again.
 
 One answer is kept for each picture, before it is put into words: `top_k` and the protocols' outputs are cut from it as
-from a fresh one. Kept are only answers, never errors, and each under the digest of the whole manifest: another model,
-another version, or the same weights with another calibration, never get it. Belongs to the event loop; no locks.
+from a fresh one. Kept are only answers, never errors, and each under the digest of the whole manifest and the way that
+it was computed: another model, another version, the same weights with another calibration or in another precision,
+never get it. Belongs to the event loop; no locks.
 """
 
 import hashlib
@@ -45,15 +46,16 @@ class Cache:
             self.bytes -= _size(row)
 
 
-def key_of(manifest_digest: bytes, picture: bytes | Pixels) -> bytes:
+def key_of(digest: bytes, picture: bytes | Pixels) -> bytes:
     """A file and its pixels have keys of their own: only decoding could tell that they are the same."""
     kind, content = (b"file", picture) if isinstance(picture, bytes) else (b"pixels", picture.tobytes())
-    return hashlib.blake2b(content, digest_size=16, key=manifest_digest, person=kind).digest()
+    return hashlib.blake2b(content, digest_size=16, key=digest, person=kind).digest()
 
 
-def digest_of(manifest: Manifest) -> bytes:
-    """Of everything that an answer depends on: weights, calibration, classes, input, and which version it is."""
-    return hashlib.blake2b(manifest.model_dump_json().encode(), digest_size=32).digest()
+def digest_of(manifest: Manifest, engine: str) -> bytes:
+    """Of everything that an answer depends on: weights, calibration, classes, input, which version it is, and the
+    engine, for the next load may choose another."""
+    return hashlib.blake2b(f"{engine}\0{manifest.model_dump_json()}".encode(), digest_size=32).digest()
 
 
 def _size(row: Row) -> int:

@@ -83,12 +83,11 @@ class Engine:
         """For /info: what was chosen, and the table that it was chosen by."""
         return {"engine": self.chosen, "device": self.device, "timings": [asdict(timing) for timing in self.timings]}
 
-    @property
-    def seconds_per_image(self) -> float:
-        """At the largest timed batch: the rate that the batcher starts from."""
+    def seconds_per_image(self, max_batch: int) -> float:
+        """At the largest timed batch that may be: the rate that the batcher starts from."""
         timing = next(timing for timing in self.timings if timing.name == self.chosen)
-        batch, milliseconds = max(timing.milliseconds.items())
-        return milliseconds / 1000 / batch
+        batch = max(size for size in timing.milliseconds if size <= max_batch)
+        return timing.milliseconds[batch] / 1000 / batch
 
 
 def load(folder: Path, manifest: Manifest, device: torch.device, precision: Precision = "auto") -> Engine:

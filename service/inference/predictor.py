@@ -10,18 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import DeadlineExceeded, InferenceFailed, TopKOutOfRange
+from service.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidBase64,
+    QueueFull,
+    TensorInvalid,
+    TopKOutOfRange,
+)
 from service.inference.batcher import Batcher, Run
 from service.inference.cache import Cache, digest_of, key_of
 from service.inference.engine import Engine
 from service.telemetry import CACHE_SECONDS, FAILED_SECONDS, IMAGES, STAGE_SECONDS
 from training import SafelightError
 from training.bundle.answers import Answer, Row, rank
-from training.bundle.images import ImageRejected, Pixels, decode, is_quick
+from training.bundle.images import ImageRejected, Pixels, decode, decode_quickly
 
 Picture = bytes | Pixels | SafelightError  # pixels are as the network takes them; a failure keeps its place
 
-MOST_AT_ONCE = 16  # quick pictures that are decoded on the event loop: about a millisecond's work
+MOST_AT_ONCE = 16  # pictures of a request that may be decoded on the event loop: half a millisecond's work
+HASHED_AT_ONCE = 100_000  # bytes of a request's pictures that may be hashed on the event loop: a tenth of a millisecond
 STAGES = ("decode", "queue", "infer", "total")
 
 
@@ -39,6 +47,17 @@ class Computed:
 
     outcomes: list[Row | SafelightError]
     seconds: dict[str, float]
+
+    def rows(self) -> list[Row]:
+        """Of a request that stands or falls as a whole. Raises its first picture's error."""
+        found = []
+        for place, outcome in enumerate(self.outcomes):
+            if isinstance(outcome, ImageRejected | InvalidBase64) and len(self.outcomes) > 1:
+                raise TensorInvalid(f"picture {place} of {len(self.outcomes)}: {outcome}") from outcome
+            if isinstance(outcome, SafelightError):
+                raise outcome
+            found.append(outcome)
+        return found
 
 
 def ranked(engine: Engine) -> Run[Row]:
@@ -70,7 +89,7 @@ class Predictor:
         self._batcher = batcher
         self._decoders = decoders
         self._cache = cache
-        self._digest = digest_of(self.manifest)
+        self._digest = digest_of(self.manifest, f"{engine.chosen} on {engine.device}")
         self._threads = threads
         self._max_pixels = max_pixels
         names = self.manifest.model, self.manifest.version
@@ -99,11 +118,11 @@ class Predictor:
         ]
         return Answered(outcomes, computed.seconds)
 
-    async def compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
+    async def compute(self, pictures: Sequence[Picture], deadline: float, *, whole: bool = False) -> Computed:
         """Run the model on each picture before `deadline`, in the event loop's time.
 
-        A bad picture's outcome is its error; the others are answered. Raises QueueFull and DeadlineExceeded for the
-        request as a whole.
+        A bad picture's outcome is its error; the others are answered, unless the request is to be answered as a
+        `whole`. Raises QueueFull and DeadlineExceeded, and in a whole the first picture's error.
         """
         begun = time.perf_counter()
         try:
@@ -111,7 +130,11 @@ class Predictor:
                 computed = await self._compute(pictures, deadline)
             else:
                 computed = await self._compute_unknown(self._cache, pictures, deadline)
-        except SafelightError:
+            if whole:
+                computed.rows()
+        except QueueFull:
+            raise  # it never began
+        except (SafelightError, asyncio.CancelledError):
             self._failed_seconds.observe(time.perf_counter() - begun)
             raise
         self._observe(computed, time.perf_counter() - begun)
@@ -120,27 +143,39 @@ class Predictor:
     async def _compute_unknown(self, cache: Cache, pictures: Sequence[Picture], deadline: float) -> Computed:
         """Run the model on those pictures only that the cache knows nothing of."""
         outcomes: dict[int, Row | SafelightError] = {}
-        keys: dict[int, bytes] = {}  # of those that it doesn't know, by their places
-        for place, picture in enumerate(pictures):
+        unknown: dict[int, bytes] = {}  # their keys, by their places
+        begun = time.perf_counter()
+        keys = await self._keys(pictures)
+        hashing = (time.perf_counter() - begun) / max(1, len(pictures))
+        for place, (picture, key) in enumerate(zip(pictures, keys, strict=True)):
             if isinstance(picture, SafelightError):
                 outcomes[place] = picture
                 continue
             begun = time.perf_counter()
-            key = key_of(self._digest, picture)
             row = cache.get(key)
             if row is None:
-                keys[place] = key
+                unknown[place] = key
             else:
                 outcomes[place] = row
-            self._cache_seconds[row is not None].observe(time.perf_counter() - begun)
-        if not keys:
+            self._cache_seconds[row is not None].observe(hashing + time.perf_counter() - begun)
+        if not unknown:
             return Computed([outcomes[place] for place in range(len(pictures))], {})
-        computed = await self._compute([pictures[place] for place in keys], deadline)
-        for (place, key), outcome in zip(keys.items(), computed.outcomes, strict=True):
+        computed = await self._compute([pictures[place] for place in unknown], deadline)
+        for (place, key), outcome in zip(unknown.items(), computed.outcomes, strict=True):
             outcomes[place] = outcome
             if not isinstance(outcome, SafelightError):
                 cache.put(key, outcome)
         return Computed([outcomes[place] for place in range(len(pictures))], computed.seconds)
+
+    async def _keys(self, pictures: Sequence[Picture]) -> list[bytes]:
+        """One for each picture, by its content; an error's is empty. Much content is looked at in a thread."""
+
+        def keys() -> list[bytes]:
+            return [b"" if isinstance(one, SafelightError) else key_of(self._digest, one) for one in pictures]
+
+        contents = [one for one in pictures if not isinstance(one, SafelightError)]
+        size = sum(len(one) if isinstance(one, bytes) else one.nbytes for one in contents)
+        return keys() if size <= HASHED_AT_ONCE else await asyncio.to_thread(keys)
 
     async def _compute(self, pictures: Sequence[Picture], deadline: float) -> Computed:
         with self._batcher.admit(len(pictures), deadline):
@@ -163,10 +198,12 @@ class Predictor:
 
     async def _decode(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
         """Decode off the event loop, but for what takes less time than to hand it over."""
-        encoded = [picture for picture in pictures if isinstance(picture, bytes)]
-        if len(encoded) <= MOST_AT_ONCE and all(is_quick(picture, self.manifest.input) for picture in encoded):
-            return [self._decode_one(picture) for picture in pictures]
-        return await self._decode_in_threads(pictures, deadline)
+        if sum(isinstance(picture, bytes) for picture in pictures) > MOST_AT_ONCE:
+            return await self._decode_in_threads(pictures, deadline)
+        known = [self._decode_quickly(picture) for picture in pictures]
+        left = [picture for picture, decoded in zip(pictures, known, strict=True) if decoded is None]
+        rest = iter(await self._decode_in_threads(left, deadline) if left else ())
+        return [next(rest) if decoded is None else decoded for decoded in known]
 
     async def _decode_in_threads(self, pictures: Sequence[Picture], deadline: float) -> list[Pixels | SafelightError]:
         """A share of the pictures in each thread, for as long as the request waits."""
@@ -188,6 +225,9 @@ class Predictor:
     def _decode_chunk(self, pictures: Sequence[Picture], unwanted: threading.Event) -> list[Pixels | SafelightError]:
         return [self._decode_one(picture) for picture in pictures if not unwanted.is_set()]
 
+    def _decode_quickly(self, picture: Picture) -> Pixels | SafelightError | None:
+        return decode_quickly(picture, self.manifest.input) if isinstance(picture, bytes) else picture
+
     def _decode_one(self, picture: Picture) -> Pixels | SafelightError:
         if not isinstance(picture, bytes):
             return picture
@@ -197,7 +237,11 @@ class Predictor:
             return error
 
     def _observe(self, computed: Computed, total: float) -> None:
-        self._images.inc(sum(isinstance(outcome, tuple) for outcome in computed.outcomes))
+        answered = sum(isinstance(outcome, tuple) for outcome in computed.outcomes)
+        if not answered:
+            self._failed_seconds.observe(total)
+            return
+        self._images.inc(answered)
         for stage, value in computed.seconds.items():
             self._stage_seconds[stage].observe(value)
         self._stage_seconds["total"].observe(total)

@@ -108,6 +108,7 @@ class Registry:
         self.lines: dict[str, Line] = {}
         self.unreadable: dict[str, str] = {}  # models whose folder can't be listed, and why
         self._changing = asyncio.Lock()  # one change at a time: a scan, a load, a promotion
+        self._looking = asyncio.Lock()  # of many that ask for the same, one looks
         self._engines = EngineThread()
         self._decoders = ThreadPoolExecutor(limits.threads, "decode")
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -133,6 +134,11 @@ class Registry:
 
     # --- asking ---
 
+    @property
+    def loaded(self) -> dict[BundleRef, Predictor]:
+        entries = [entry for line in self.lines.values() for entry in line.entries.values()]
+        return {entry.ref: entry.predictor for entry in entries if entry.predictor}
+
     async def predictor(self, entry: Entry, deadline: float | None = None) -> Predictor:
         """The predictor of a version, loaded if it isn't, by a deadline in the event loop's time.
 
@@ -142,14 +148,52 @@ class Registry:
         entry.used = time.monotonic()
         if entry.predictor:
             return entry.predictor
-        try:
-            async with asyncio.timeout_at(deadline):
-                predictor = await asyncio.shield(self._start(self._load_on_demand(entry.ref)))
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed in the load stage", stage="load") from None
+        predictor = await self._by(deadline, self._load_on_demand(entry.ref))
         if predictor is None:
             raise _not_loaded(self.found(entry.ref.model, entry.ref.version))
         return predictor
+
+    async def asked(self, model: str | None, version: str | None, deadline: float | None = None) -> Entry:
+        """As `entry`, of what has come into the folder by now. Raises DeadlineExceeded too."""
+        model = self.default_model if model is None else model
+        await self.look_for(model, version, deadline)
+        return self.entry(model, version)
+
+    async def look_for(self, model: str, version: str | None, deadline: float | None = None) -> None:
+        """Take in at once what is asked for and isn't known here: another worker's job may just have published it.
+
+        Raises NameInvalid, DeadlineExceeded.
+        """
+        if not self._knows(model, version) and await self._has_come(model, version):
+            await self._by(deadline, self._take_in(model, version))
+
+    def _knows(self, model: str, version: str | None) -> bool:
+        line = self.lines.get(model)
+        if line is None or line.unloaded:
+            return line is not None
+        return line.active is not None if version is None else version in line.entries
+
+    async def _has_come(self, model: str, version: str | None) -> bool:
+        """Whether a look at the folder would help: a flood of names that nobody knows isn't worth one each."""
+        there, held_back = await asyncio.to_thread(_versions_of, self.artifacts, model)
+        line = self.lines.get(model, Line())
+        if version is not None:
+            return version in there
+        unverified = any(entry.state == "unverified" for entry in line.entries.values())
+        return not held_back and (line.held_back or unverified or not there <= line.entries.keys())
+
+    async def _take_in(self, model: str, version: str | None) -> None:
+        async with self._looking:
+            if not self._knows(model, version):  # who waited before this one may have looked
+                await self.follow()
+
+    async def _by(self, deadline: float | None, work: Coroutine[None, None, T]) -> T:
+        """What goes on where its caller stops waiting. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.shield(self._start(work))
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed in the load stage", stage="load") from None
 
     def line(self, model: str) -> Line:
         store.check_model_name(model)
@@ -202,6 +246,7 @@ class Registry:
 
     async def activate(self, model: str, version: str) -> None:
         """Let a version answer: load it beside the others, write the pointer, swap. No request is lost."""
+        await self.look_for(model, version)
         async with self._changing:
             entry = self.entry(model, version)
             await self._load(entry)
@@ -408,7 +453,7 @@ class Registry:
             self._engines,
             max_batch=self.limits.max_batch,
             queue_size=self.limits.queue_size,
-            seconds_per_image=loaded.seconds_per_image,
+            seconds_per_image=loaded.seconds_per_image(self.limits.max_batch),
             meter=_Meter(ref),
         )
         return Predictor(
@@ -471,6 +516,14 @@ def _find(artifacts: Path) -> tuple[dict[BundleRef, Signature], dict[str, str]]:
         except OSError as error:
             unreadable[model] = str(error)
     return found, unreadable
+
+
+def _versions_of(artifacts: Path, model: str) -> tuple[set[str], bool]:
+    """Those that a model has in the folder, and whether none of them is to answer. Raises NameInvalid."""
+    try:
+        return {ref.version for ref in store.versions(artifacts, model)}, store.held_back(artifacts, model)
+    except OSError:  # of which the scan tells
+        return set(), True
 
 
 def _signature(folder: Path) -> Signature:

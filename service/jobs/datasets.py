@@ -39,6 +39,7 @@ from service.errors import (
 )
 from service.telemetry import logger
 from training.dataset_report import Report
+from training.events import is_disk_full
 
 DATA = "data.zip"
 REPORT = "dataset.json"
@@ -276,6 +277,15 @@ class DatasetStore:
         """Of the zip to train on. Raises DatasetNotFound."""
         return self._place(dataset) / DATA
 
+    @contextmanager
+    def holding(self, dataset: str) -> Iterator[None]:
+        """As long as this lasts, no process deletes the data set. May wait: call it in a thread.
+
+        Raises DatasetNotFound.
+        """
+        with self._locked(dataset, fcntl.LOCK_SH):
+            yield
+
     async def delete(self, dataset: str) -> None:
         """Raises DatasetNotFound, DatasetInUse."""
         await asyncio.to_thread(self._delete, dataset)
@@ -298,15 +308,31 @@ class DatasetStore:
 
     def _delete(self, dataset: str) -> None:
         place = self._place(dataset)
-        if self._in_use(dataset):
-            raise DatasetInUse(f"data set {dataset} is used by a job; wait for it, or cancel it first")
-        doomed = self._new_folder(".deleted-")
-        try:
-            os.rename(place, doomed / dataset)
-        except FileNotFoundError as error:
-            raise _not_found(dataset) from error
-        finally:
-            shutil.rmtree(doomed, ignore_errors=True)
+        with self._locked(dataset, fcntl.LOCK_EX):
+            if self._in_use(dataset):
+                raise DatasetInUse(f"data set {dataset} is used by a job; wait for it, or cancel it first")
+            doomed = self._new_folder(".deleted-")
+            try:
+                os.rename(place, doomed / dataset)
+            finally:
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self, dataset: str, how: int) -> Iterator[None]:
+        place = self.folder / dataset
+        while True:
+            try:
+                folder = os.open(place, os.O_RDONLY)
+            except FileNotFoundError as error:
+                again = "send its pictures again if you need it"
+                raise DatasetNotFound(f"data set {dataset} was deleted in this moment; {again}") from error
+            try:
+                fcntl.flock(folder, how)
+                if _stands_at(place, folder):  # while we waited it may have been deleted, and have come again
+                    yield
+                    return
+            finally:
+                os.close(folder)
 
     def _place(self, dataset: str) -> Path:
         place = self.folder / dataset
@@ -403,7 +429,7 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             raise _disk_full() from error
         raise StateUnwritable(
             f"the state folder can't be written: {error.strerror}; see to SAFELIGHT_STATE's owner and rights"
@@ -419,6 +445,13 @@ def _disk_full() -> DiskFull:
 
 def _not_found(dataset: str) -> DatasetNotFound:
     return DatasetNotFound(f"there is no data set {dataset[:40]!r}; GET /datasets lists those that there are")
+
+
+def _stands_at(place: Path, folder: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(folder), os.stat(place))
+    except FileNotFoundError:
+        return False
 
 
 def _created_at(place: Path) -> datetime:

@@ -1,9 +1,11 @@
 """What a run has told: its events file, read by the page and while it is being written.
 
 An event's id is the number of its line. Only whole lines count; what a kill cut short, the next process takes away.
+Histories grow to many thousands of events: read them in a thread, and make objects only of those that are asked for.
 """
 
 import json
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,21 @@ class Tail:
 
     def read(self, limit: int | None = None) -> list[bytes]:
         """The whole lines that have come since, or the first `limit` of them."""
-        lines = self._rest()[:limit]
+        lines = self._next(limit)
         self._offset += sum(map(len, lines))
         self.lines += len(lines)
         return lines
 
     def at_end(self) -> bool:
-        return not self._rest()
+        return not self._next(1)
 
-    def _rest(self) -> list[bytes]:
+    def _next(self, limit: int | None) -> list[bytes]:
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
-                content = file.read()
+                return list(takewhile(_is_whole, islice(file, limit)))
         except FileNotFoundError:
             return []
-        return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
 def page(path: Path, *, after: int, limit: int) -> tuple[list[dict[str, Any]], bool]:
@@ -65,6 +66,15 @@ def parse(lines: list[bytes]) -> list[Event]:
     return found
 
 
-def numbered(path: Path) -> list[Numbered]:
-    """Every event so far that is understood."""
-    return [(number, event) for number, line in enumerate(Tail(path).read(), 1) for event in parse([line])]
+def newest(path: Path, limit: int, last: int | None = None) -> list[Numbered]:
+    """Of the events that are understood, so many at most, from line `last` or the end of the file back."""
+    lines = Tail(path).read(last)
+    found: list[Numbered] = []
+    while lines and len(found) < limit:
+        number, line = len(lines), lines.pop()
+        found += [(number, event) for event in parse([line])]
+    return found
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.endswith(b"\n")

@@ -5,7 +5,6 @@ over, and finds in the run folders how far each job has come.
 """
 
 import asyncio
-import errno
 import fcntl
 import json
 import os
@@ -15,14 +14,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from service.errors import DatabaseUnavailable, JobFileNotFound, ServiceError
 from service.jobs.child import LOG, end_leftover
-from service.jobs.history import EVENTS
+from service.jobs.history import EVENTS, Tail
 from service.jobs.job import AT_WORK, TERMINAL, Builtin, Job, Status, Wish
-from service.jobs.sitting import Ending, Sitting, failure, read_all, told
+from service.jobs.sitting import Ending, Seen, Sitting, failure, told
 from service.jobs.store import Due, JobMoved, JobStore
 from service.telemetry import JOB_SECONDS, logger
 from training import events
@@ -35,8 +35,6 @@ RUN = "run.json"
 CURVE = "learning-curve.png"
 KEPT = frozenset({RUN, EVENTS, LOG, CURVE})  # of a job that is over
 
-DISK_FULL = "the disk of the state folder is full; free some of it, then start the job again"
-
 SETTLED: dict[Wish, Status] = {"pause": "paused", "cancel": "cancelled"}
 
 
@@ -48,7 +46,7 @@ class Machine:
     artifacts: Path
     data: Path | None
     devices: Sequence[str]  # each job gets the one that the fewest others are on
-    memory_bytes: int  # 0: as much as there is
+    memory_bytes: int  # 0: no limit
     job_seconds: float
     grace_seconds: float  # from SIGTERM to SIGKILL
     hold_seconds: float  # that a paused job's process waits for the word to go on; 0: it ends at once
@@ -164,7 +162,7 @@ class Runner:
         elif due.status in AT_WORK:  # for a process that is no more, or of a service that is no more
             self._start(due.id, self._recover(due.id))
         elif due.wanted:  # asked for just before its process was lost
-            self._start(due.id, self._fulfil(due.id, due.wanted))
+            self._start(due.id, self._fulfil(due.id))
         elif len(self._tasks) < self._slots:
             self._start(due.id, self._do(due.id))
         else:
@@ -208,7 +206,8 @@ class Runner:
         except ServiceError as error:
             await self._settle(job, failure(events.code_of(error), str(error)))
             return
-        sitting = Sitting(
+        sitting = await asyncio.to_thread(
+            Sitting,
             self._jobs,
             job,
             folder,
@@ -225,15 +224,23 @@ class Runner:
             code = await sitting.run(command)
             if sitting.held_at is not None:
                 return  # its job is paused, or waits for another process, or is over
-            asked = await asyncio.to_thread(self._jobs.get, job_id)  # what was asked for meanwhile
-            ending = sitting.ending(asked, code)
+            ending: Callable[[Job], Ending] = partial(sitting.ending, code=code)
         except OSError as error:
             logger.warning("no training process", extra={"job": job_id, "reason": str(error)})
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            ending = failure("disk_full", DISK_FULL) if is_full else sitting.ending(job, None)
+            ending = _no_room if events.is_disk_full(error) else partial(sitting.ending, code=None)
         finally:
             del self._sittings[job_id], self._placed[job_id]
-        await self._settle(sitting.job, ending)
+        await self._conclude(job_id, ending)
+
+    async def _conclude(self, job_id: str, ending: Callable[[Job], Ending]) -> None:
+        """Bring a job to the state that follows from the end of its process, and from what was asked meanwhile."""
+        while True:
+            job = await asyncio.to_thread(self._jobs.get, job_id)
+            try:
+                await self._settle(job, ending(job))
+            except JobMoved:  # something was asked between the two
+                continue
+            return
 
     def _least_busy(self) -> str:
         on = list(self._placed.values())
@@ -267,14 +274,14 @@ class Runner:
         if job.status not in AT_WORK:
             return
         await end_leftover(self.folder(job_id), self._machine.grace_seconds)
-        seen = await asyncio.to_thread(read_all, self.folder(job_id))
-        await self._settle(job, told(job, seen.end) or ("queued", {}))
+        seen = await asyncio.to_thread(Seen.read, Tail(self.folder(job_id) / EVENTS))
+        await self._conclude(job_id, lambda job: told(job, seen.end) or ("queued", {}))
 
-    async def _fulfil(self, job_id: str, wish: Wish) -> None:
+    async def _fulfil(self, job_id: str) -> None:
         """What was asked for just before a job's process was lost."""
         job = await asyncio.to_thread(self._jobs.get, job_id)
-        if job.status == "queued":
-            await self._settle(job, (SETTLED[wish], {}))
+        if job.status == "queued" and job.wanted:
+            await self._settle(job, (SETTLED[job.wanted], {}))
 
     async def _settle(self, job: Job, ending: Ending) -> None:
         status, changes = ending
@@ -312,6 +319,10 @@ class Runner:
         for job_id in await asyncio.to_thread(self._jobs.expired, now - timedelta(days=self._keeping.jobs)):
             await asyncio.to_thread(shutil.rmtree, self.folder(job_id), ignore_errors=True)
             await asyncio.to_thread(self._jobs.forget, job_id)
+
+
+def _no_room(_: Job) -> Ending:
+    return failure("disk_full", events.DISK_FULL)
 
 
 def _clear(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """One process's work at a job: followed through the events that it writes to its end, and what that end means."""
 
 import asyncio
-import re
 import signal
 import time
 from collections.abc import Sequence
@@ -22,12 +21,9 @@ POLL_SECONDS = 0.1  # between looks at the events
 NOTE_SECONDS = 0.5  # between notes of progress in the database
 MOST_DEATHS = 5  # in a row, without a new checkpoint
 INTERRUPTED = 130  # the exit code after SIGTERM
+OWN_DEATHS = (-signal.SIGABRT, -signal.SIGSEGV)  # that nobody else brings about
 
-WANT_OF_MEMORY = re.compile(rb"MemoryError|bad_alloc|[Cc]annot allocate memory|can't allocate memory|[Oo]ut of memory")
-
-SMALLER = "start it again with fewer pictures or epochs"
-OUT_OF_MEMORY = "the memory didn't suffice"
-MORE_MEMORY = f"give it more (SAFELIGHT_JOB_MEMORY_BYTES), or {SMALLER}"
+TOO_LONG = "the job took longer than it may (SAFELIGHT_JOB_SECONDS); start it again with fewer pictures or epochs"
 
 NOT_YET_TRAINING = events.Notice | events.Held | events.Released | events.Failed | events.Interrupted
 
@@ -41,9 +37,17 @@ class Seen:
     begun: bool = False  # it listens to signals
     training: bool = False  # its data is checked
     held: bool = False
+    interrupted: bool = False  # it has heard that it is to end, and all that it keeps is on the disk
     checkpoint: int = -1  # the step of the last one
     progress: Progress | None = None
     end: events.Decided | events.Failed | None = None
+
+    @classmethod
+    def read(cls, tail: history.Tail) -> "Seen":
+        """What the events say that have come since."""
+        seen = cls()
+        seen.take_in(history.parse(tail.read()))
+        return seen
 
     def take_in(self, found: list[Event]) -> None:
         for event in found:
@@ -54,6 +58,8 @@ class Seen:
                     self.checkpoint = event.step
                 case events.Held():
                     self.held = True
+                case events.Interrupted():
+                    self.interrupted = True
                 case events.Decided() | events.Failed():
                     self.end = event
             self.begun = True
@@ -71,12 +77,15 @@ class Sitting:
         grace_seconds: float,
         hold_seconds: float,
     ) -> None:
-        """The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
+        """Reads what the sittings before have told, which takes a while: call it in a thread.
+
+        The process itself keeps to `allowed_seconds`, what is left of the job's time; it is ended a while later.
 
         Paused, it is held for `hold_seconds`, then it ends.
         """
+        self._tail = history.Tail(folder / history.EVENTS)
         self.job = job
-        self.seen = Seen(checkpoint=read_all(folder).checkpoint)  # of the sittings before
+        self.seen = Seen(checkpoint=Seen.read(self._tail).checkpoint)  # of the sittings before
         self.asked_at: float | None = None  # to stop or to wait
         self.held_at: float | None = None  # the job is paused, and the process waits
         self.overdue = False
@@ -91,8 +100,6 @@ class Sitting:
         self._deadline = self._begun + allowed_seconds + grace_seconds
         self._child: Child | None = None
         self._memory_kills = out_of_memory_kills()
-        self._tail = history.Tail(folder / history.EVENTS)
-        self._tail.read()
 
     @property
     def is_idle(self) -> bool:
@@ -151,7 +158,8 @@ class Sitting:
         if self.held_at is not None and now > self.held_at + self._hold_seconds:
             self.stop()
         self.overdue = self.overdue or (self.held_at is None and now > self._deadline)
-        if self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
+        ended = self._stopping and self.seen.interrupted  # torch would need a second to take itself down
+        if ended or self.overdue or (self.asked_at is not None and now > self.asked_at + self._grace_seconds):
             child.kill()
 
     async def _follow(self) -> None:
@@ -171,11 +179,15 @@ class Sitting:
 
     async def _note_held(self) -> None:
         """The process waits; its job is paused from now on, unless something else is wanted meanwhile."""
-        if (await asyncio.to_thread(self._jobs.get, self.job.id)).wanted != "pause":
+        job = await asyncio.to_thread(self._jobs.get, self.job.id)
+        if job.wanted != "pause":
             self.stop()
             return
         held_at = time.monotonic()
-        self.job = await asyncio.to_thread(self._jobs.move, self.job, "paused", **self._notes())
+        try:
+            self.job = await asyncio.to_thread(self._jobs.move, job, "paused", **self._notes())
+        except JobMoved:  # it was cancelled between the two, which the next look finds
+            return
         self.held_at, self.asked_at = held_at, None
 
     async def _go_on(self, child: Child, held_at: float) -> None:
@@ -209,9 +221,11 @@ class Sitting:
         if ending := told(job, self.seen.end):
             return ending
         if self.overdue:
-            return failure("deadline_passed", "the job took longer than it may (SAFELIGHT_JOB_SECONDS); " + SMALLER)
+            return failure("deadline_passed", TOO_LONG)
         if self.asked_at is not None:  # whatever its exit code: the signal may have met it anywhere
             return ("paused" if job.wanted == "pause" else "queued"), {}
+        if code in OWN_DEATHS and self._memory_ran_out():  # as it would again
+            return failure("out_of_memory", events.OUT_OF_MEMORY)
         if code is None or code < 0 or code == INTERRUPTED:
             return self._death(job, code)
         return self._unexplained(code)
@@ -229,28 +243,21 @@ class Sitting:
     def _given_up(self, code: int | None) -> Ending:
         killed = code == -signal.SIGKILL and out_of_memory_kills() > self._memory_kills
         if killed or self._memory_ran_out():
-            return failure("out_of_memory", f"{OUT_OF_MEMORY}, {MOST_DEATHS} times in a row; {MORE_MEMORY}")
+            return failure("out_of_memory", events.OUT_OF_MEMORY)
         how = f"by {signal.Signals(-code).name}" if code and code < 0 else "from outside"
         reason = f"the training process was ended {how}, {MOST_DEATHS} times in a row, before it could get on; "
         return failure("crashed", reason + "its log may say why; start the job again once the cause is gone")
 
     def _unexplained(self, code: int) -> Ending:
         if self._memory_ran_out():
-            return failure("out_of_memory", f"{OUT_OF_MEMORY}; {MORE_MEMORY}")
-        lines = log_end(self._folder).decode(errors="replace").strip().splitlines()
+            return failure("out_of_memory", events.OUT_OF_MEMORY)
+        lines = log_end(self._folder).strip().splitlines()
         words = f": {lines[-1][:300]}" if lines else ""
         reason = f"the training process ended with exit code {code} and didn't say why{words}; its log may say more"
         return failure("unexpected_exit", reason)
 
     def _memory_ran_out(self) -> bool:
-        return WANT_OF_MEMORY.search(log_end(self._folder)) is not None
-
-
-def read_all(folder: Path) -> Seen:
-    """What all of a run's events say."""
-    seen = Seen()
-    seen.take_in(history.parse(history.Tail(folder / history.EVENTS).read()))
-    return seen
+        return events.WANT_OF_MEMORY.search(log_end(self._folder)) is not None
 
 
 def told(job: Job, end: events.Decided | events.Failed | None) -> Ending | None:
@@ -269,13 +276,13 @@ def failure(code: str, message: str) -> Ending:
     return "failed", {"error": Error(code=code, message=message).model_dump()}
 
 
-def log_end(folder: Path, size: int = 4096) -> bytes:
+def log_end(folder: Path, size: int = 4096) -> str:
     try:
         with (folder / LOG).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - size))
-            return file.read()
+            return file.read().decode(errors="replace")
     except FileNotFoundError:
-        return b""
+        return ""
 
 
 def _progress(event: events.Progress | events.Phase) -> Progress:

@@ -28,13 +28,12 @@ from service.jobs.job import AT_WORK, FOLLOWING, TERMINAL, Builtin, Job, Order, 
 from service.telemetry import logger
 
 KEYS_KEPT = timedelta(hours=24)
-CLAIMS_KEPT = timedelta(minutes=10)  # of a request whose service died before it could answer
 
 _jobs, _keys = tables.jobs.c, tables.idempotency_keys.c
 
 
 class JobMoved(Exception):
-    """The job is no longer in the state that it was seen in."""
+    """The job is no longer as it was seen: in another state, or something else is wanted of it."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,9 @@ class JobStore:
         return {status: found.get(status, 0) for status in FOLLOWING}
 
     def uses(self, dataset: str) -> bool:
-        """Whether a job that isn't over needs a data set."""
-        query = select(_jobs.id).where(_jobs.dataset == dataset, _jobs.status.not_in(TERMINAL)).limit(1)
+        """Whether a job of this home that isn't over needs a data set: other homes have copies of their own."""
+        needs_it = and_(_jobs.home == self.home, _jobs.dataset == dataset, _jobs.status.not_in(TERMINAL))
+        query = select(_jobs.id).where(needs_it).limit(1)
         with self._transaction() as connection:
             return connection.execute(query).first() is not None
 
@@ -148,11 +148,13 @@ class JobStore:
     def _ask(self, job_id: str, wish: Wish, status: Status, at_once: Sequence[Status]) -> Job:
         while True:
             job = self.get(job_id)
+            if job.wanted == "cancel" and wish == "pause":
+                raise _cannot(job, wish)
             try:
                 if job.status in at_once:
                     return self.move(job, status)
-                if job.status in AT_WORK and job.wanted in (None, wish, "pause"):
-                    return self._change(job, wanted=wish)
+                if job.status in AT_WORK:
+                    return self._change(job, as_asked=True, wanted=wish)
             except JobMoved:
                 continue  # it went on between the two; what is asked may be possible all the same
             raise _cannot(job, wish)
@@ -168,9 +170,14 @@ class JobStore:
             return [Due(*row) for row in connection.execute(query)]
 
     def move(self, job: Job, status: Status, **changes: Any) -> Job:
-        """The one way into another state. Raises JobMoved where the job isn't as given any more."""
+        """The one way into another state. Raises JobMoved where the job isn't as given any more.
+
+        What was asked of it meanwhile is no hindrance, but for a pause: that would forget a cancellation.
+        """
         if status not in FOLLOWING[job.status]:
             raise ValueError(f"a job never goes from {job.status} to {status}")
+        if status == "paused" and job.wanted == "cancel":
+            raise ValueError("a job that is being cancelled is never paused")
         now = datetime.now(UTC)
         if status == "validating" and job.started_at is None:
             changes["started_at"] = now
@@ -178,7 +185,7 @@ class JobStore:
             changes["finished_at"] = now
         if status not in ("queued", *AT_WORK):
             changes["wanted"] = None
-        moved = self._change(job, status=status, **changes)
+        moved = self._change(job, as_asked=status == "paused", status=status, **changes)
         logger.info("job", extra={"job": job.id, "status": status, "before": job.status} | _reason(moved))
         return moved
 
@@ -186,10 +193,13 @@ class JobStore:
         """Write down how far it is; its state stays. Raises JobMoved."""
         return self._change(job, **changes)
 
-    def _change(self, job: Job, **changes: Any) -> Job:
-        as_seen = and_(_jobs.id == job.id, _jobs.status == job.status)
+    def _change(self, job: Job, *, as_asked: bool = False, **changes: Any) -> Job:
+        """`as_asked`: only where nothing else is wanted of it than when it was seen."""
+        as_seen = [_jobs.id == job.id, _jobs.status == job.status]
+        if as_asked:
+            as_seen.append(_jobs.wanted.is_not_distinct_from(job.wanted))
         with self._transaction() as connection:
-            row = connection.execute(update(tables.jobs).where(as_seen).values(changes).returning(*_jobs)).first()
+            row = connection.execute(update(tables.jobs).where(*as_seen).values(changes).returning(*_jobs)).first()
         if row is None:
             raise JobMoved(job.id)
         return _as_job(row)
@@ -222,15 +232,16 @@ class JobStore:
 
     # --- idempotency keys ---
 
-    def claim(self, key: str, fingerprint: str) -> dict[str, Any] | None:
+    def claim(self, key: str, fingerprint: str, longest: timedelta) -> dict[str, Any] | None:
         """The answer that this very request got before, or None: then it's for the caller to answer.
 
+        A claim that is older than the `longest` that an answer may take is of a service that died before it could.
         Raises KeyReused for another request with the same key, KeyInUse while the first is being answered.
         """
         now = datetime.now(UTC)
         stale = or_(
             _keys.claimed_at < now - KEYS_KEPT,
-            and_(_keys.claimed_at < now - CLAIMS_KEPT, _keys.reply.is_(None)),
+            and_(_keys.claimed_at < now - longest, _keys.reply.is_(None)),
         )
         try:
             with self._transaction() as connection:

@@ -23,6 +23,7 @@ from benchmarks.peers import forms, processes, report
 from benchmarks.peers.__main__ import fastest, note, parse, softmax
 from benchmarks.peers.measure import compare, figures, parse_wrk, write_requests, wrk
 from benchmarks.peers.servers import ALL, KINDS, ROOT, Server, choose
+from benchmarks.targets import write_into
 from training.bundle import store
 
 CLASSES = ["cat", "dog"]
@@ -319,21 +320,83 @@ def test_repetitions_of_a_server_gather_in_one_row() -> None:
     assert rows == [row("ray", run(1), run(2)) | {"settings": server.settings}]
 
 
-def test_the_tables_replace_those_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    begin, end = report.MARKS
-    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    report.write_into(page, "new")
-    assert page.read_text() == f"before\n{begin}\nnew\n{end}\nafter\n"
-    page.write_text("nothing")
-    with pytest.raises(SystemExit, match="0 places between"):
-        report.write_into(page, "new")
+def test_bare_loops_of_the_same_run_have_a_table() -> None:
+    rates = {"decoding": [9000.0], "both, in turns": [1000.0, 1300.0, 1200.0]}
+    assert report.floor(rates).splitlines() == [
+        "| bare loop | pictures/s |",
+        "| --- | --- |",
+        "| decoding | 9,000 |",
+        "| both, in turns | 1,200 (1,000–1,300) |",
+    ]
+
+
+def compared(ours: float, other: float) -> list[report.Row]:
+    return [
+        row("safelight", run(ours, many=3000), form="multipart"),
+        row("safelight", run(ours * 1.2), form="raw"),
+        row("safelight", run(ours * 0.9, work="pixels"), form="v2"),
+        row("fastapi", run(other / 2), form="multipart"),
+        row("fast", run(other, many=2500)),
+    ]
+
+
+def test_each_target_gets_a_verdict() -> None:
+    rates = {"engine": [9000.0], "both, in turns": [3000.0], "both, side by side": [3300.0]}
+    found = list(report.verdicts({"rows": compared(1700, 1000), "floor": rates, "conditions": {}}))
+    assert [(one.rule, one.found, one.passed) for one in found] == [
+        ("`/predict`, 16 at once: 1.7 times the best other", "1.70 times: 1,700 for 1,000 (fast)", True),
+        ("`/predict`, 64 a request: 1.5 times the best other", "1.20 times: 3,000 for 2,500 (fast)", False),
+        (
+            "`/predict`, 64 a request: 85% of the best bare loop that decodes and computes",
+            "91%: 3,000 of 3,300 (both, side by side)",
+            True,
+        ),
+        ("raw: at least as fast as a form", "1.20 times 16 at once", True),
+        ("v2: at least as fast as a form", "0.90 times 16 at once", False),
+    ]
+
+
+def test_p99_is_held_against_the_best_other_s_where_that_is_a_target() -> None:
+    loads = {"1": {"rps": 900, "p99_ms": 9.0}, "64": {"rps": 900, "p99_ms": 30.0}}
+    theirs = {"1": {"rps": 300, "p99_ms": 8.9}, "64": {"rps": 100, "p99_ms": 30.0}}
+    rows = [row("safelight", run(1) | {"loads": loads}, form="multipart"), row("a", run(1) | {"loads": theirs})]
+    found = {one.rule: (one.found, one.passed) for one in report.verdicts({"rows": rows})}
+    assert found["`/predict`, 1 at once: p99 no worse than its"] == ("9.0 ms for 8.9 ms", False)
+    assert found["`/predict`, 64 at once: p99 no worse than its"] == ("30.0 ms for 30.0 ms", True)
+    assert found["`/predict`, 1 at once: 3.0 times the best other"] == ("3.00 times: 900 for 300 (a)", True)
+
+
+def test_without_ours_there_is_no_verdict() -> None:
+    assert list(report.verdicts({"rows": [row("a", run(5))], "floor": {}})) == []
+
+
+def test_the_readme_s_table_has_ours_plain_fastapi_and_the_best_other() -> None:
+    conditions = {"date": "2026-11-30", "machine": "two processors", "n": "3", "client": "wrk"}
+    assert report.summary({"rows": compared(1700, 1000), "conditions": conditions}).splitlines() == [
+        "| `cifar10` | Safelight | plain FastAPI | the best other |",
+        "| --- | --- | --- | --- |",
+        "| 16 at once | **1,700 requests/s, p99 9.0 ms** | 500 requests/s, p99 9.0 ms "
+        "| 1,000 requests/s, p99 9.0 ms (fast) |",
+        "| 64 a request | **3,000 images/s** |  | 2,500 images/s (fast) |",
+        "| memory (RSS) | 1,200 MiB | 1,200 MiB | 1,200 MiB (fast) |",
+        "",
+        "- date: 2026-11-30",
+        "- machine: two processors",
+        "- n: 3",
+    ]
+
+
+@pytest.mark.parametrize(("page", "name"), [("README.md", "summary"), ("docs/performance.md", "peers")])
+def test_the_pages_have_places_for_the_tables(page: str, name: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(ROOT / page, tmp_path))
+    write_into(copy, name, "new")
+    assert f"<!-- measured: {name} -->\nnew\n<!-- measured end -->" in copy.read_text()
 
 
 def test_saved_figures_are_shown_without_measuring(tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     saved.write_text(json.dumps({"conditions": {"n": "1"}, "rows": [row("safelight", run(10)), row("a", run(5))]}))
-    words = [sys.executable, "-m", "benchmarks.peers", "--show", str(saved)]
+    words = [sys.executable, "-m", "benchmarks.peers", "--show", str(saved), "--results", str(tmp_path)]
     printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"^- n: 1$|16 at once .*", printed, re.M) == [
         "- n: 1",

@@ -5,7 +5,7 @@ import base64
 import gzip
 import itertools
 import json
-import time
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +15,12 @@ import pytest
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from openai import OpenAI
 from tritonclient import http as triton
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype, triton_to_np_dtype
 
-from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade
+from tests.tiny import GREYS, SPEC, Server, grey, make_bundle, serving, shade, until_all_are_verified
 
 LEVELS = (3, 9, 15)
+MISFITS = {("pictures", False), ("base64", True)}  # a file is no text; and in binary it needs no base64
 
 
 def greys(*levels: int, kind: str = "uint8") -> np.ndarray:
@@ -33,6 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_bundle(root / "artifacts", activate=False)
     make_bundle(root / "artifacts", "other")
     with serving(root / "artifacts", root, default_model="greys", max_images="32") as server:
+        until_all_are_verified(server)
         yield server
 
 
@@ -46,10 +48,6 @@ def as_input(values: np.ndarray, *, binary: bool = True) -> triton.InferInput:
     name = "pictures" if values.dtype == np.object_ else "pixels"
     tensor = triton.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype))
     return tensor.set_data_from_numpy(values, binary_data=binary)
-
-
-def pictures(*levels: int) -> np.ndarray:
-    return np.array([grey(level) for level in levels], dtype=np.object_)
 
 
 # --- tritonclient ---
@@ -68,51 +66,121 @@ def test_tritonclient_finds_what_is_there(client: triton.InferenceServerClient) 
     for described, configured in zip(metadata["inputs"], config["input"], strict=True):
         assert described["name"] == configured["name"]
     assert [output["name"] for output in config["output"]] == [output["name"] for output in metadata["outputs"]]
+    for described, configured in zip(
+        metadata["inputs"] + metadata["outputs"], config["input"] + config["output"], strict=True
+    ):
+        assert described["shape"] == [-1, *configured["dims"]]
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float32", "pictures"])
-def test_tritonclient_gets_the_same_bytes_whatever_the_form(client: triton.InferenceServerClient, kind: str) -> None:
-    values = pictures(*LEVELS) if kind == "pictures" else greys(*LEVELS, kind=kind)
-    expected = client.infer("greys", [as_input(greys(*LEVELS))]).as_numpy("logits")
-    packing = [None, "gzip", "deflate"]
-    for binary_in, binary_out, sent, back in itertools.product([True, False], [True, False], packing, packing):
-        if kind == "pictures" and not binary_in:
-            continue  # the client sends strings as text; pictures are none
-        outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("logits", "label")]
-        result = client.infer(
+KINDS = ["uint8", "float32", "pictures", "base64"]  # the last is what the client takes for text: strings in JSON
+EIGHT = (3, 9, 15, 0, 7, 12, 1, 4)  # as many make an answer long enough to be packed
+PACKINGS = [None, "gzip", "deflate"]
+
+
+def values(kind: str, *levels: int) -> np.ndarray:
+    if kind in ("uint8", "float32"):
+        return greys(*levels, kind=kind)
+    encoded = [grey(level) for level in levels]
+    return np.array([base64.b64encode(one) for one in encoded] if kind == "base64" else encoded, dtype=np.object_)
+
+
+@pytest.fixture(scope="module")
+def telling(server: Server) -> Iterator[triton.InferenceServerClient]:
+    """A client that prints what it gets, headers too."""
+    with triton.InferenceServerClient(server.url.removeprefix("http://"), verbose=True) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("kind", "binary_in"),
+    [(kind, binary) for kind in KINDS for binary in (True, False) if (kind, binary) not in MISFITS],
+)
+@pytest.mark.parametrize("out", ["binary", "json", "classification", "binary classification"])
+def test_tritonclient_gets_the_same_answer_whatever_the_form_and_packing(
+    telling: triton.InferenceServerClient, capsys: pytest.CaptureFixture[str], kind: str, binary_in: bool, out: str
+) -> None:
+    sent = as_input(values(kind, *EIGHT), binary=binary_in)
+    expected = telling.infer("greys", [as_input(greys(*EIGHT))])
+    best = {"class_count": 3} if "classification" in out else {}
+    outputs = [triton.InferRequestedOutput("logits", binary_data="binary" in out, **best)]
+    outputs.append(triton.InferRequestedOutput("label", binary_data="binary" in out))
+    for packed, back in itertools.product(PACKINGS, PACKINGS):
+        capsys.readouterr()
+        result = telling.infer(
             "greys",
-            [as_input(values, binary=binary_in)],
+            [sent],
             outputs=outputs,
             request_id="7",
-            request_compression_algorithm=sent,
+            request_compression_algorithm=packed,
             response_compression_algorithm=back,
         )
-        assert result.as_numpy("logits").tobytes() == expected.tobytes()
-        assert [_text(label) for label in result.as_numpy("label")] == [GREYS[level] for level in LEVELS]
+        (told,) = re.findall(r"^<HTTPSocketPoolResponse .*", capsys.readouterr().out, re.M)
+        assert re.findall(r"'content-encoding': '(\w+)'", told, re.I) == ([back] if back else [])
         assert result.get_response()["id"] == "7"
-    assert expected.argmax(1).tolist() == list(LEVELS)
+        assert texts(result.as_numpy("label")) == [[GREYS[level]] for level in EIGHT]
+        if best:
+            assert texts(result.as_numpy("logits")) == best_of(expected.as_numpy("logits"), 3)
+        else:
+            assert result.as_numpy("logits").tobytes() == expected.as_numpy("logits").tobytes()
 
 
-def _text(label: bytes | str) -> str:
-    return label.decode() if isinstance(label, bytes) else label
+def texts(strings: np.ndarray) -> list[list[str]]:
+    """[N, K]; the client has bytes where they were binary."""
+    return [[one.decode() if isinstance(one, bytes) else one for one in row] for row in strings]
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_tritonclient_gets_the_best_classes(client: triton.InferenceServerClient, binary: bool) -> None:
-    outputs = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
-    options = {"priority": 1, "timeout": 5_000_000}
-    found = client.infer("greys", [as_input(greys(*LEVELS))], outputs=outputs, **options).as_numpy("probabilities")
-    assert found.shape == (3, 3)
-    assert [_text(row[0]).split(":")[1:] for row in found] == [[str(level), GREYS[level]] for level in LEVELS]
+def best_of(logits: np.ndarray, count: int) -> list[list[str]]:
+    """As the classification extension writes them: value, index, label."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    return [
+        [f"{row[index]:f}:{index}:{GREYS[index]}" for index in best] for row, best in zip(logits, order, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("count", [1, 3, 32])
-def test_tritonclient_may_send_as_many_as_the_configuration_says(
-    client: triton.InferenceServerClient, count: int
+@pytest.mark.parametrize(
+    ("kind", "binary"),
+    [(kind, binary) for kind in KINDS for binary in (True, False) if (kind, binary) not in MISFITS],
+)
+def test_tritonclient_may_send_as_many_as_the_configuration_says_and_not_one_more(
+    client: triton.InferenceServerClient, kind: str, binary: bool
 ) -> None:
-    assert client.get_model_config("greys")["max_batch_size"] == 32
-    levels = [place % 16 for place in range(count)]
-    assert client.infer("greys", [as_input(greys(*levels))]).as_numpy("logits").argmax(1).tolist() == levels
+    most = client.get_model_config("greys")["max_batch_size"]
+    assert most == 32
+    for count in (1, 3, most):
+        levels = [place % 16 for place in range(count)]
+        found = client.infer("greys", [as_input(values(kind, *levels), binary=binary)]).as_numpy("logits")
+        assert found.argmax(1).tolist() == levels
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer("greys", [as_input(values(kind, *[1] * (most + 1)), binary=binary)])
+    assert (caught.value.status(), caught.value.message()) == (
+        "413",
+        "33 pictures in one request; the limit is 32: send several requests",
+    )
+
+
+def test_tritonclient_s_priority_and_timeout_are_taken(client: triton.InferenceServerClient) -> None:
+    found = client.infer("greys", [as_input(greys(*LEVELS))], priority=1, timeout=5_000_000)
+    assert found.as_numpy("logits").argmax(1).tolist() == list(LEVELS)
+
+
+def test_tritonclient_finds_what_was_counted(client: triton.InferenceServerClient) -> None:
+    def counted(*which: str) -> dict[tuple[str, str], tuple[int, int]]:
+        found = client.get_inference_statistics(*which)["model_stats"]
+        return {
+            (one["name"], one["version"]): (one["inference_count"], one["inference_stats"]["success"]["count"])
+            for one in found
+        }
+
+    every = {("greys", "1"), ("greys", "2"), ("other", "1")}
+    before = counted()
+    assert before.keys() == every
+    for _ in range(2):
+        client.infer("greys", [as_input(greys(*LEVELS))], model_version="2")
+    pictures, requests = before["greys", "2"]
+    grown = {("greys", "2"): (pictures + 6, requests + 2)}
+    assert counted() == before | grown
+    assert counted("greys") == {key: found for key, found in (before | grown).items() if key[0] == "greys"}
+    assert counted("greys", "2") == grown
 
 
 def test_tritonclient_is_told_what_was_wrong(client: triton.InferenceServerClient) -> None:
@@ -143,10 +211,7 @@ def test_tritonclient_loads_and_unloads(client: triton.InferenceServerClient) ->
     def states() -> dict[str, str]:
         return {entry["name"]: entry["state"] for entry in client.get_model_repository_index()}
 
-    deadline = time.monotonic() + 10
-    while states() != {"greys": "READY", "other": "READY"}:  # the version that isn't active is verified meanwhile
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert states() == {"greys": "READY", "other": "READY"}
     client.unload_model("other")
     assert states() == {"greys": "READY", "other": "UNAVAILABLE"}
     assert not client.is_model_ready("other")
@@ -163,8 +228,7 @@ def test_tritonclient_loads_and_unloads(client: triton.InferenceServerClient) ->
 
 
 def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) -> None:
-    """As perf_analyzer does it: a window of requests under way, and the server's own statistics before and after. Those
-    of two pictures each are a batch at least, whoever comes beside them."""
+    """Those of two pictures each are a batch at least, whoever comes beside them."""
     url = server.url.removeprefix("http://")
     with triton.InferenceServerClient(url, concurrency=16) as client:
 
@@ -188,6 +252,92 @@ def test_requests_at_once_share_batches_and_each_gets_its_own(server: Server) ->
     assert (images, success["count"]) == (640, 320)
     assert 10 <= batches <= 320
     assert success["ns"] > 0
+
+
+# --- perf_analyzer, as far as a client in Python can stand in for it ---
+
+Counts = dict[str, int]
+
+
+class PerfAnalyzer:
+    """Its steps, from its source: read metadata and configuration, make an input of each that is named there, keep some
+    requests under way, and look at the statistics before and after."""
+
+    def __init__(self, client: triton.InferenceServerClient, model: str, batch: int = 1) -> None:
+        self.client, self.model = client, model
+        metadata, config = client.get_model_metadata(model), client.get_model_config(model)
+        assert "statistics" in client.get_server_metadata()["extensions"]
+        assert batch <= config["max_batch_size"] > 0
+        self.optional = {one["name"] for one in config["input"] if one.get("optional", False)}
+        self.types = {one["name"]: one["datatype"] for one in metadata["inputs"]}
+        self.shapes = {one["name"]: [batch, *one["shape"][1:]] for one in metadata["inputs"]}  # the first is the batch
+        for name, shape in self.shapes.items():
+            assert len(shape) > 1, f"unable to set shape for the input {name}"
+            assert -1 not in shape, f"input {name} contains dynamic shape"
+        self.outputs = [triton.InferRequestedOutput(one["name"]) for one in metadata["outputs"]]
+
+    def inputs(self, data: dict[str, np.ndarray] | None = None) -> list[triton.InferInput]:
+        """By default random bytes and strings for all of them; with `data` what that has, and those must be enough."""
+        if data is None:
+            random = np.random.default_rng(0)
+            data = {
+                name: np.full(shape, "x" * 128, np.object_)
+                if self.types[name] == "BYTES"
+                else random.integers(0, 256, shape, triton_to_np_dtype(self.types[name]))
+                for name, shape in self.shapes.items()
+            }
+        assert self.shapes.keys() - data.keys() <= self.optional
+        made = []
+        for name, values in sorted(data.items()):
+            made.append(triton.InferInput(name, self.shapes[name], self.types[name]).set_data_from_numpy(values))
+        return made
+
+    def counts(self) -> Counts:
+        """Of the version that has answered most; several at once, and it only warns."""
+        found = self.client.get_inference_statistics(self.model)["model_stats"]
+        most = max(found, key=lambda one: one["inference_stats"]["queue"]["count"])
+        stages = {name: figures["count"] for name, figures in most["inference_stats"].items()}
+        return {name: most[name] for name in ("inference_count", "execution_count")} | stages
+
+    def run(self, requests: int, inputs: list[triton.InferInput]) -> Counts:
+        """What the statistics grew by. It ends with an error where the three parts of computing differ in number."""
+        before = self.counts()
+        waiting = [
+            self.client.async_infer(self.model, inputs, outputs=self.outputs, request_id=str(number))
+            for number in range(requests)
+        ]
+        for request in waiting:
+            assert request.get_result().as_numpy("probabilities").sum(1) == pytest.approx(1)
+        grown = {name: count - before[name] for name, count in self.counts().items()}
+        assert grown["compute_input"] == grown["compute_infer"] == grown["compute_output"]
+        return grown
+
+
+@pytest.fixture
+def busy_client(server: Server) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server.url.removeprefix("http://"), concurrency=16) as client:
+        yield client
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_perf_analyzer_s_default_mode_fills_every_input_and_is_answered(
+    busy_client: triton.InferenceServerClient, batch: int
+) -> None:
+    analyzer = PerfAnalyzer(busy_client, "greys", batch)
+    inputs = analyzer.inputs()
+    assert [tensor.name() for tensor in inputs] == ["pictures", "pixels"]
+    grown = analyzer.run(32, inputs)
+    assert (grown["inference_count"], grown["success"], grown["queue"], grown["fail"]) == (32 * batch, 32, 32, 0)
+    assert 1 <= grown["execution_count"] <= 32
+    pixels = next(tensor for tensor in inputs if tensor.name() == "pixels")
+    both, alone = (busy_client.infer("greys", sent).as_numpy("logits") for sent in (inputs, [pixels]))
+    assert both.tobytes() == alone.tobytes()
+
+
+def test_perf_analyzer_may_be_given_pictures(busy_client: triton.InferenceServerClient) -> None:
+    analyzer = PerfAnalyzer(busy_client, "greys", 2)
+    grown = analyzer.run(8, analyzer.inputs({"pictures": values("pictures", 3, 5).reshape(2, 1)}))
+    assert (grown["inference_count"], grown["success"], grown["fail"]) == (16, 8, 0)
 
 
 # --- KServe's client ---
@@ -216,12 +366,18 @@ def test_kserve_finds_what_is_there(server: Server, protocol: str) -> None:
     asked(server.url, protocol, work)
 
 
+@pytest.mark.parametrize("binary_out", [True, False])
 @pytest.mark.parametrize("binary", [True, False])
-def test_kserve_gets_tensors(server: Server, binary: bool) -> None:
+def test_kserve_gets_tensors(server: Server, binary: bool, binary_out: bool) -> None:
     async def work(client: InferenceRESTClient, url: str) -> Any:
         tensor = InferInput("pixels", [3, *SPEC.shape], "UINT8")
         tensor.set_data_from_numpy(greys(*LEVELS), binary_data=binary)
-        return await client.infer(url, InferRequest("greys", [tensor], request_id="7"), model_name="greys")
+        said = {"binary_data_output": True} if binary_out else None
+        request = InferRequest("greys", [tensor], request_id="7", parameters=said)
+        headers: dict[str, str] = {}
+        answered = await client.infer(url, request, model_name="greys", response_headers=headers)
+        assert ("inference-header-content-length" in headers) is binary_out
+        return answered
 
     found = asked(server.url, "v2", work)
     assert (found.model_name, found.id) == ("greys", "7")

@@ -2,9 +2,12 @@
 
 import asyncio
 import base64
+import gzip
 import json
 import random
+import struct
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,22 +102,55 @@ def ask(form: str, asked: list[tuple[bytes, str]]) -> Ask:
     return Ask({"url": "/predict"} | options, expected[0] if alone else expected)
 
 
-def ask_tensors(asked: list[int], poisoned: bool, is_binary: bool) -> Ask:
+@dataclass(frozen=True)
+class Back:
+    """How the request is packed, and how its answer is to come."""
+
+    packing: str
+    binary: bool
+    accepted: str
+
+
+def ask_pixels(asked: list[int], poisoned: bool, is_binary: bool, back: Back) -> Ask:
     """The same of the Open Inference Protocol, where one bad picture fails the request."""
     pixels = np.stack([np.full(SPEC.shape, shade(level, LEVELS), np.uint8) for level in asked])  # [N, 1, 8, 8]
     if poisoned:
         pixels[-1, 0, 0, 0] = POISON
     tensor = {"name": "pixels", "datatype": "UINT8", "shape": list(pixels.shape)}
-    behind = pixels.tobytes() if is_binary else b""
-    rest = {"parameters": {"binary_data_size": len(behind)}} if is_binary else {"data": pixels.tolist()}
-    head = json.dumps({"inputs": [tensor | rest], "outputs": [{"name": "label"}]}).encode()
-    headers = {"Inference-Header-Content-Length": str(len(head))} if is_binary else {}
     expected = "inference_failed" if poisoned else [f"grey-{level}" for level in asked]
-    return Ask({"url": INFER, "content": head + behind, "headers": headers}, expected)
+    return ask_tensor(tensor, pixels.tobytes() if is_binary else pixels.tolist(), back, expected)
 
 
+def ask_pictures(asked: list[tuple[bytes, str]], is_binary: bool, back: Back) -> Ask:
+    """Pictures there: the first bad one's error is the request's, of many as a bad tensor, unless the model failed."""
+    images, answers = [image for image, _ in asked], [answer for _, answer in asked]
+    expected: list[str] | str = answers
+    if bad := [answer for answer in answers if answer in STATUS]:
+        expected = bad[0] if len(asked) == 1 or bad[0] == "inference_failed" else "tensor_invalid"
+    tensor = {"name": "pictures", "datatype": "BYTES", "shape": [len(images)]}
+    if is_binary:
+        return ask_tensor(tensor, b"".join(struct.pack("<I", len(image)) + image for image in images), back, expected)
+    return ask_tensor(tensor, [base64.b64encode(image).decode() for image in images], back, expected)
+
+
+def ask_tensor(tensor: dict[str, object], content: bytes | list[object], back: Back, expected: list[str] | str) -> Ask:
+    behind = content if isinstance(content, bytes) else b""
+    said = {"parameters": {"binary_data_size": len(behind)}} if behind else {"data": content}
+    output = {"name": "label", "parameters": {"binary_data": back.binary}}
+    head = json.dumps({"inputs": [tensor | said], "outputs": [output, {"name": "logits"}]}).encode()
+    headers = {"Accept-Encoding": back.accepted, "Content-Encoding": back.packing}
+    headers |= {HEAD: str(len(head))} if behind else {}
+    return Ask({"url": INFER, "content": PACK[back.packing](head + behind), "headers": headers}, expected)
+
+
+HEAD = "Inference-Header-Content-Length"
+PACK = {"identity": bytes, "gzip": gzip.compress, "deflate": zlib.compress}
+backs = st.builds(Back, st.sampled_from(list(PACK)), st.booleans(), st.sampled_from(list(PACK)))
 rarely = st.sampled_from([False, False, False, True])
-tensors = st.builds(ask_tensors, st.lists(levels, min_size=1, max_size=6), rarely, st.booleans())
+tensors = st.one_of(
+    st.builds(ask_pixels, st.lists(levels, min_size=1, max_size=6), rarely, st.booleans(), backs),
+    st.builds(ask_pictures, pictures, st.booleans(), backs),
+)
 whole = refused.map(lambda drawn: Ask(*drawn))
 asks = st.one_of(*[st.builds(ask, forms, pictures)] * 2, *[tensors] * 2, whole)
 
@@ -138,19 +174,30 @@ def planned() -> list[Ask]:
 
 
 def check(asked: Ask, response: httpx.Response) -> None:
-    body = response.json()
+    head = int(response.headers.get(HEAD, len(response.content)))
+    body = json.loads(response.content[:head])
     if isinstance(asked.expected, str):
         assert (response.status_code, body["code"]) == (STATUS[asked.expected], asked.expected)
         return
     if "outputs" in body:
         assert (response.status_code, body["model_name"], body["model_version"]) == (200, "greys", "1")
-        assert body["outputs"][0]["data"] == asked.expected
+        output = body["outputs"][0]
+        assert (strings(response.content[head:]) if "parameters" in output else output["data"]) == asked.expected
         return
     assert (response.status_code, body["model"], body["version"]) == (200, "greys", "1")
     answers = [entry["error"]["code"] if "error" in entry else entry["label"] for entry in body["predictions"]]
     assert answers == asked.expected
     for entry in body["predictions"]:
         assert "error" not in entry or entry["error"]["status"] == STATUS[entry["error"]["code"]]
+
+
+def strings(content: bytes) -> list[str]:
+    found = []
+    while content:
+        end = 4 + int.from_bytes(content[:4], "little")
+        found.append(content[4:end].decode())
+        content = content[end:]
+    return found
 
 
 @pytest.mark.slow

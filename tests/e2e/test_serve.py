@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from service.__main__ import main
 from tests.tiny import Greys, Pair, Server, Slow, grey, make_bundle, reseal, serving
+from training.processors import processors
 
 PNG = {"Content-Type": "image/png"}
 
@@ -56,10 +57,11 @@ def test_ctrl_c_is_a_clean_end_too(artifacts: Path, tmp_path: Path) -> None:
 def test_requests_under_way_at_sigterm_are_finished(tmp_path: Path) -> None:
     make_bundle(tmp_path / "artifacts", module=Slow())
     pictures = [("file", ("a", grey(index % 16))) for index in range(200)]
-    with serving(tmp_path / "artifacts", tmp_path, default_model="greys", max_batch="1") as server:
+    settings = {"default_model": "greys", "max_batch": "1", "deadline_seconds": "60"}
+    with serving(tmp_path / "artifacts", tmp_path, **settings) as server:
         replies: list[httpx.Response] = []
         asking = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{server.url}/predict", files=pictures, timeout=30))
+            target=lambda: replies.append(httpx.post(f"{server.url}/predict", files=pictures, timeout=60))
         )
         asking.start()
         while pending(server.url) == 0:
@@ -107,9 +109,9 @@ def pending(url: str) -> float:
 
 
 def test_while_it_drains_it_says_so_and_still_answers(artifacts: Path, tmp_path: Path) -> None:
-    with serving(artifacts, tmp_path, default_model="greys", drain_seconds="2") as server:
+    with serving(artifacts, tmp_path, default_model="greys", drain_seconds="6") as server:
         server.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 1.5
+        deadline = time.monotonic() + 4
         while (ready := httpx.get(f"{server.url}/health/ready")).status_code == 200 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert (ready.status_code, ready.json()["code"]) == (503, "not_ready")
@@ -241,6 +243,30 @@ def test_it_listens_on_ipv6_too(artifacts: Path, tmp_path: Path) -> None:
         assert reply["predictions"][0]["label"] == "grey-5"
 
 
+def test_it_says_at_the_start_what_it_derived_from_the_machine(artifacts: Path, tmp_path: Path) -> None:
+    with serving(artifacts, tmp_path, default_model="greys") as server:
+        _, derived = said(server)
+        info = httpx.get(f"{server.url}/info").json()
+    threads = "1 thread" if processors() == 1 else f"{processors()} threads"
+    assert derived == f"1 worker, {threads}, greys@1: {info['engines'][0]['engine']}"
+    assert (info["workers"], info["threads"]) == (1, processors())
+
+
+def test_several_workers_divide_the_machine_and_say_so(artifacts: Path, tmp_path: Path) -> None:
+    with serving(artifacts, tmp_path, "--workers", "2", default_model="greys") as server:
+        _, derived = said(server)
+        info = httpx.get(f"{server.url}/info").json()
+    each = max(1, processors() // 2)
+    assert derived == f"2 workers, {'1 thread' if each == 1 else f'{each} threads'}, each chooses its engines"
+    assert (info["workers"], info["threads"]) == (2, each)
+
+
+def said(server: Server) -> list[str]:
+    """What it printed after its address."""
+    assert server.process.stdout is not None
+    return [server.process.stdout.readline().strip() for _ in range(2)]
+
+
 def test_workers_that_cannot_start_end_with_one_sentence(artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "fastapi_offline.py").write_text("raise ImportError('a broken installation')\n")
     ended = start("--workers", "2", path=tmp_path, artifacts=str(artifacts), port="0")
@@ -315,8 +341,9 @@ def test_a_body_that_declares_too_much_is_refused_before_any_of_it_is_sent(artif
 
 
 def test_pictures_of_a_client_that_has_gone_are_not_computed(tmp_path: Path) -> None:
-    make_bundle(tmp_path / "artifacts", module=Slow())
-    with serving(tmp_path / "artifacts", tmp_path, default_model="greys", max_batch="1") as server:
+    make_bundle(tmp_path / "artifacts", module=Slow(rounds=200))
+    settings = {"default_model": "greys", "max_batch": "1", "deadline_seconds": "60"}
+    with serving(tmp_path / "artifacts", tmp_path, **settings) as server:
         before = batches(server.url)
         address = urlsplit(server.url)
         request = httpx.Request("POST", f"{server.url}/predict", files=[("file", ("a", grey(1)))] * 250)
@@ -326,7 +353,7 @@ def test_pictures_of_a_client_that_has_gone_are_not_computed(tmp_path: Path) -> 
             until(lambda: batches(server.url) - before >= 2)
         until(lambda: any(line.get("status") == 499 for line in lines(server.log)))
         computed = batches(server.url)
-        assert computed - before < 200  # of 250, of which each takes some milliseconds
+        assert computed - before < 200  # of 250, of which each takes some hundredths of a second
         (line,) = (line for line in lines(server.log) if line.get("status") == 499)
         assert (line["code"], line["model"], line["version"], line["images"]) == ("client_gone", "greys", "1", 250)
         time.sleep(0.3)

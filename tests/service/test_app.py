@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from service.app import engine_limits
+from service.app import engine_limits, memory_share
 from service.settings import Settings
 from training.processors import processors
+from training.ram import memory
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, 0), (2, 0), (64, 0), (2, 5)])
@@ -29,3 +30,8 @@ def test_the_other_limits_are_the_settings() -> None:
     settings = Settings(artifacts=Path("x"), device="cpu", max_batch=3, queue_size=300, max_image_pixels=7)
     limits = engine_limits(settings)
     assert (str(limits.device), limits.max_batch, limits.queue_size, limits.max_pixels) == ("cpu", 3, 300, 7)
+
+
+@pytest.mark.parametrize(("jobs", "share"), [(0, 0.75), (1, 0.75), (3, 0.25)])
+def test_the_jobs_that_run_at_once_share_three_quarters_of_the_memory(jobs: int, share: float) -> None:
+    assert memory_share("cpu", jobs) == pytest.approx(share * memory(), abs=1)

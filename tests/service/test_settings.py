@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings, SettingsInvalid
+from training.processors import processors
 
 DOCS = Path(__file__).parents[2] / "docs" / "settings.md"
 
@@ -17,6 +18,13 @@ def read(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = read(monkeypatch, SAFELIGHT_PORT="9000", SAFELIGHT_ARTIFACTS="/models", SAFELIGHT_DEFAULT_MODEL="pets")
     assert (settings.port, settings.artifacts, settings.default_model) == (9000, Path("/models"), "pets")
+
+
+def test_threads_are_the_processors_divided_by_the_workers_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(monkeypatch).threads_each == processors()
+    assert read(monkeypatch, SAFELIGHT_WORKERS="2").threads_each == max(1, processors() // 2)
+    assert read(monkeypatch, SAFELIGHT_WORKERS="64").threads_each == max(1, processors() // 64)
+    assert read(monkeypatch, SAFELIGHT_THREADS="7").threads_each == 7
 
 
 @pytest.mark.parametrize(

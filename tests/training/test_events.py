@@ -58,6 +58,34 @@ def test_a_line_that_is_no_event_is_refused(line: str | bytes) -> None:
         events.parse(line)
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), "out_of_memory", events.OUT_OF_MEMORY),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+            "out_of_memory",
+            events.OUT_OF_MEMORY,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory", events.OUT_OF_MEMORY),
+        (OSError(12, "Cannot allocate memory"), "out_of_memory", events.OUT_OF_MEMORY),
+        (OSError(28, "No space left on device"), "disk_full", events.DISK_FULL),
+        (OSError(5, "Input/output error"), "os_error", "[Errno 5] Input/output error"),
+        (ValueError("odd"), "value_error", "odd"),
+        (ValueError(), "value_error", "ValueError()"),
+    ],
+)
+def test_a_failure_has_a_code_and_says_what_to_do(error: Exception, code: str, message: str) -> None:
+    failed = events.failure(error)
+    assert (failed.code, failed.message) == (code, message)
+
+
+def test_a_full_disk_is_seen_behind_what_was_made_of_it() -> None:
+    error = RuntimeError("the archive can't be written")
+    error.__cause__ = OSError(28, "No space left on device")
+    assert events.failure(error).code == "disk_full"
+
+
 def test_the_log_holds_each_line_as_soon_as_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     log = events.EventLog(path)

@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import squares, write_class_folders
+from tests.tiny import make_bundle, reseal, squares, write_class_folders
 from training import archives, events, finetune, intake, tune
 from training.bundle import store
+from training.bundle.classes import NameTaken
 from training.bundle.int8 import INT8, read_int8
-from training.bundle.replay import REPLAY, read_replay
+from training.bundle.replay import REPLAY, read_replay, write_replay
 from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
 from training.checkpoint import CheckpointError
-from training.finetune import NameTaken, Options, RunInvalid
+from training.finetune import Options, RunInvalid
+from training.guest import FolderBusy, alone_in
 from training.loop import Diverged, Interrupted
 from training.published import verify
 from training.task import Plan
@@ -146,8 +151,11 @@ def test_a_model_of_its_own_classes_becomes_better_and_replaces_itself(tmp_path:
     made = plan(inverted_squares(tmp_path / "data", 400), name="tiny", tuning=Tuning(depth="full", replay=False))
     result = run(tmp_path / "run", tiny, made)
     assert (result["model"], result["version"]) == ("tiny", "2")
-    assert result["comparisons"]["active"]["accuracy"] < 0.7
-    assert result["comparisons"]["candidate"]["accuracy"] > 0.9
+    comparisons = result["comparisons"]
+    assert comparisons.keys() == {"candidate", "active", "nearest_mean", "majority"}
+    assert {score["n"] for score in comparisons.values()} == {400}
+    assert (comparisons["active"]["accuracy"] < 0.7, comparisons["majority"]["accuracy"]) == (True, 0.5)
+    assert comparisons["candidate"]["accuracy"] > max(0.9, comparisons["nearest_mean"]["accuracy"])
     checks = {check["name"]: check["passed"] for check in result["gate"]["checks"]}
     assert (checks["mcnemar"], checks["macro_f1"], checks["recall"]) == (True, True, True)
     assert store.read_manifest(tiny, BundleRef("tiny", "2")).classes == ("filled", "hollow")
@@ -163,7 +171,39 @@ def test_what_it_forgot_of_its_own_data_keeps_it_from_answering(tmp_path: Path, 
     assert store.answering(tiny, "tiny") == TINY
 
 
-@pytest.mark.parametrize("seed", range(3))
+def test_a_base_of_too_many_classes_to_remember_any_is_fine_tuned_without_a_guard(tmp_path: Path, tiny: Path) -> None:
+    folder = TINY.path(tiny)
+    known = read_replay(folder / REPLAY)
+    assert known is not None
+    none = {name: getattr(known, name)[:0] for name in ("features", "labels", "guard_features", "guard_labels")}
+    write_replay(folder / REPLAY, replace(known, **none))
+    reseal(folder)
+    made = plan(inverted_squares(tmp_path / "data", 40), name="tiny", tuning=Tuning(depth="head"))
+    (guard,) = (check for check in run(tmp_path / "run", tiny, made)["gate"]["checks"] if check["name"] == "guard")
+    assert (guard["passed"], guard["sentence"]) == (None, "There is no test set of the base to guard.")
+
+
+def test_each_candidate_on_the_same_test_pictures_makes_it_harder_also_when_it_was_deleted(
+    tmp_path: Path, tiny: Path
+) -> None:
+    data = inverted_squares(tmp_path / "data", 110)
+
+    def asked(folder: str) -> float:
+        """What p must be below."""
+        made = plan(data, name="tiny", promote="never", tuning=Tuning(depth="head", replay=False))
+        checks = run(tmp_path / folder, tiny, made)["gate"]["checks"]
+        return next(check["figures"]["alpha"] for check in checks if check["name"] == "mcnemar")
+
+    assert asked("first") == 0.05
+    store.delete(tiny, BundleRef("tiny", "2"))
+    (data / "train" / "filled" / "0000.png").unlink()
+    assert asked("another-training-part") == 0.025
+    assert asked("the-same-again") == 0.025
+    (data / "test" / "filled" / "0000.png").unlink()
+    assert asked("another-test-part") == 0.05
+
+
+@pytest.mark.parametrize("seed", range(10))
 def test_shuffled_labels_are_refused_and_nothing_answers(tmp_path: Path, tiny: Path, seed: int) -> None:
     data = bars(tmp_path / "bars", 120, seed=seed, shuffled=True)
     result = run(tmp_path / "run", tiny, plan(data, seed=seed, tuning=Tuning(depth="head")))
@@ -233,12 +273,51 @@ def test_a_name_that_stands_for_other_classes_is_taken(tmp_path: Path, tiny: Pat
     with pytest.raises(NameTaken) as refusal:
         run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25), name="tiny"))
     assert str(refusal.value) == (
-        "the model tiny tells filled, hollow apart, not across, cross, down; choose another name"
+        "model tiny has the classes filled, hollow; the new version would have across, cross, down: "
+        "give it another `name`"
     )
     last = events_of(tmp_path / "run")[-1]
     assert isinstance(last, events.Failed)
     assert (last.code, last.message) == ("name_taken", str(refusal.value))
     assert [str(ref) for ref in store.versions(tiny, "tiny")] == ["tiny@1"]
+
+
+def test_a_name_that_is_held_back_stands_for_its_classes_too(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path / "first", tiny, plan(bars(tmp_path / "bars", 25), promote="never"))
+    assert store.answering(tiny, "bars") is None
+    with pytest.raises(NameTaken) as refusal:
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "others", 25, kinds="across down"), promote="always"))
+    assert str(refusal.value) == (
+        "model bars has the classes across, cross, down; the new version would have across, down: "
+        "give it another `name`"
+    )
+    assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
+
+
+def test_a_new_version_has_the_classes_as_the_last_one_spells_and_orders_them(tmp_path: Path, tiny: Path) -> None:
+    first = run(tmp_path / "first", tiny, plan(bars(tmp_path / "bars", 25)))
+    reseal(
+        tiny / "bars" / "1", classes=("Down", "ACROSS", "cross")
+    )  # its weights haven't changed: it calls all wrongly
+    second = run(tmp_path / "second", tiny, plan(bars(tmp_path / "bars", 25), seed=1))
+    assert first["classes"] == ["across", "cross", "down"]
+    assert second["classes"] == ["Down", "ACROSS", "cross"]
+    assert list(second["metrics"]["per_class_recall"]) == ["Down", "ACROSS", "cross"]
+    accuracies = {name: score["accuracy"] for name, score in second["comparisons"].items()}
+    assert accuracies["candidate"] > 0.9
+    assert (accuracies["active"] < 0.2, second["promoted"]) == (True, True)
+
+
+def test_a_job_whose_name_another_one_takes_meanwhile_is_refused(tmp_path: Path, tiny: Path) -> None:
+    def be_slower(event: events.Event) -> None:
+        if isinstance(event, events.Phase) and (event.phase, event.step) == ("judging", 0):
+            make_bundle(tiny, "bars", classes=("across", "down"))
+
+    with pytest.raises(
+        NameTaken, match="^model bars has the classes across, down; the new version would have across, "
+    ):
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 25)), be_slower)
+    assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
 
 
 # --- killed and gone on with ------------------------------------------------------------------------------------------
@@ -303,6 +382,79 @@ def test_a_run_that_was_killed_once_it_had_published_finds_its_version_again(tmp
     result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
     assert (result["version"], result["promoted"]) == ("1", True)
     assert [str(ref) for ref in store.versions(tiny, "bars")] == ["bars@1"]
+
+
+def run_until_active(folder: Path, artifacts: Path, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, and die right after the version was activated."""
+    activate = store.activate
+
+    def activate_and_die(artifacts: Path, ref: BundleRef) -> None:
+        activate(artifacts, ref)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "activate", activate_and_die)
+        with pytest.raises(Killed):
+            run(folder, artifacts, made)
+
+
+def test_a_run_that_was_killed_once_its_version_was_active_ends_like_one_that_never_was(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, other = bars(tmp_path / "bars", 25), shutil.copytree(tiny, tmp_path / "other")
+    run_until_active(tmp_path / "run", tiny, plan(data), monkeypatch)
+    assert store.answering(tiny, "bars") == BundleRef("bars", "1")
+    result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    whole = run(tmp_path / "whole", other, plan(data))
+    assert result | {"seconds": 0} == whole | {"seconds": 0}
+    assert (result["version"], result["promoted"], store.answering(tiny, "bars")) == ("1", True, BundleRef("bars", "1"))
+
+
+def test_what_was_timed_before_the_kill_is_what_is_told_after_it(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(
+        inverted_squares(tmp_path / "data", 40),
+        name="tiny",
+        promote="always",
+        tuning=Tuning(depth="head", replay=False),
+    )
+    run_until_active(tmp_path / "run", tiny, made, monkeypatch)
+    result = finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    reported = json.loads((tiny / "tiny" / "2" / "report" / "metrics.json").read_text())
+    assert result["gate"]["checks"] == reported["gate"]["checks"]
+    assert (result["comparisons"], result["metrics"]) == (reported["gate"]["comparisons"], reported["metrics"])
+    assert {"latency", "mcnemar"} <= {check["name"] for check in result["gate"]["checks"]}
+    assert [ref.version for ref in store.versions(tiny, "tiny")] == ["1", "2"]
+
+
+def test_what_a_kill_left_of_files_that_were_being_written_goes_when_the_run_goes_on(
+    tmp_path: Path, tiny: Path
+) -> None:
+    made = plan(bars(tmp_path / "bars", 25))
+    finetune.create(tmp_path / "run", made)
+    torn = (
+        ".checkpoint.pt-4711",
+        ".head.pt-1",
+        ".learning-curve.png",
+        ".run.json",
+        ".data-safelight-x/content/data.zip",
+    )
+    for name in torn:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_bytes(b"torn")
+    (tmp_path / "run" / ".notes").write_text("mine")
+    finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".notes", "events.jsonl", "run.json"]
+
+
+def test_a_folder_where_a_run_is_at_work_is_left_alone(tmp_path: Path, tiny: Path) -> None:
+    finetune.create(tmp_path / "run", plan(bars(tmp_path / "bars", 25)))
+    (tmp_path / "run" / "events.jsonl").write_text('{"event": "being writ')
+    with alone_in(tmp_path / "run"), pytest.raises(FolderBusy) as refusal:
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert str(refusal.value) == f"another process is at work in {tmp_path / 'run'}; wait for it, or stop it first"
+    assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "being writ'
 
 
 def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
@@ -389,9 +541,9 @@ def test_a_full_disk_of_models_fails_the_run_and_nothing_half_made_is_left(
     shutil.copytree(tiny, artifacts, dirs_exist_ok=True)
     data = bars(tmp_path / "bars", 25)
     last = failed(tmp_path / "run", artifacts, plan(data), expected=(OSError, RuntimeError))
-    assert (last.code, last.message) == ("disk_full", "the disk is full; make room, then start the job again")
+    assert (last.code, last.message) == ("disk_full", events.DISK_FULL)
     assert store.versions(artifacts, "bars") == []
-    assert {path.name for path in (artifacts / "bars").iterdir()} <= {"active"}
+    assert {path.name for path in (artifacts / "bars").iterdir()} <= {"active", ".looks"}
     shutil.copytree(artifacts, tmp_path / "larger")
     again = finetune.execute(tmp_path / "run", Options(tmp_path / "larger", device="cpu"), lambda _: None)
     assert (again["version"], again["promoted"]) == ("1", True)
@@ -408,17 +560,28 @@ def test_a_full_disk_of_runs_fails_the_run_without_a_torn_checkpoint(
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 200_000
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (MemoryError(), "out_of_memory"),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-            "out_of_memory",
-        ),
-        (OSError(28, "No space left on device"), "disk_full"),
-        (ValueError("odd"), "value_error"),
-    ],
-)
-def test_a_failure_has_a_code(error: Exception, code: str) -> None:
-    assert finetune.failure(error).code == code
+def test_a_run_that_may_take_less_memory_than_it_needs_to_begin_fails(tmp_path: Path, tiny: Path) -> None:
+    finetune.create(tmp_path / "run", plan(tmp_path / "bars"))
+    with pytest.raises(MemoryError):
+        finetune.execute(tmp_path / "run", Options(tiny, device="cpu", memory_bytes=100_000_000), lambda _: None)
+    (last,) = events_of(tmp_path / "run")
+    assert isinstance(last, events.Failed)
+    assert (last.code, last.message) == ("out_of_memory", events.OUT_OF_MEMORY)
+
+
+FAILS_FOR_WANT = """
+import resource
+from training import finetune, guest
+told = [RuntimeError("can't start new thread"), RuntimeError("could not create a primitive"), SystemError("no error")]
+print(*(finetune.failure(error).code for error in told))
+guest.limit_memory(guest._allocated() + 2**23)
+print(*(finetune.failure(error).code for error in [*told, ValueError("odd"), finetune.RunInvalid("no run")]))
+"""
+
+
+def test_whatever_fails_where_no_memory_is_left_fails_for_that() -> None:
+    told = subprocess.run([sys.executable, "-c", FAILS_FOR_WANT], capture_output=True, text=True, check=True).stdout
+    assert [line.split() for line in told.splitlines()] == [
+        ["runtime_error", "runtime_error", "system_error"],
+        ["out_of_memory", "out_of_memory", "out_of_memory", "value_error", "run_invalid"],
+    ]

@@ -15,6 +15,31 @@ def test_more_memory_than_allowed_is_an_error_and_not_a_swap() -> None:
     assert done.stderr.splitlines()[-1] == "MemoryError"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has allocated is told on Linux")
+def test_a_limit_that_leaves_too_little_to_begin_with_is_an_error_at_once() -> None:
+    program = (
+        "from training import guest; guest.limit_memory(2**28, least=2**20); guest.limit_memory(2**28, least=2**28)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "MemoryError: 268435456 bytes are less than is needed to begin"
+
+
+LEFT = """
+from training import guest
+print(guest.memory_left())
+guest.limit_memory(2**28)
+left = guest.memory_left()
+held = bytearray(2**27)
+print(left < 2**28, 2**27 <= left - guest.memory_left() < 2**27 + 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has allocated is told on Linux")
+def test_what_is_left_of_the_memory_is_known() -> None:
+    told = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["inf", "True True"]
+
+
 def test_a_guest_steps_back() -> None:
     program = "import os; from training import guest; guest.step_back(); print(os.nice(0))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "19\n"

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-# Counts aloud, and says at the end how long that took it.
+# Counts aloud until its standard input ends, and says then how long that took it.
 PROGRAM = """
-import time
+import select, sys
 from training.hold import holdable, working_time
 
 def tell(event):
@@ -19,8 +19,7 @@ def tell(event):
 
 with holdable(tell):
     begun, step = working_time(), 0
-    while step < 40:
-        time.sleep(0.02)
+    while not select.select([sys.stdin], [], [], 0.02)[0]:
         step += 1
         print(step, flush=True)
     print(f"{working_time() - begun:.3f}", flush=True)
@@ -30,7 +29,11 @@ with holdable(tell):
 @contextmanager
 def counting() -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         assert line(process) == "1"
         yield process
@@ -43,17 +46,17 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 def said_to_the_end(process: subprocess.Popen[str]) -> list[str]:
-    assert process.stdout is not None
-    return process.stdout.read().split()
+    """Let it come to its end; what it says until then."""
+    said, _ = process.communicate()
+    return said.split()
 
 
-def hold(process: subprocess.Popen[str]) -> int:
-    """Hold it; the last number that it counted to."""
+def hold(process: subprocess.Popen[str], counted: int = 1) -> int:
+    """Hold it once it has said that it has counted so far; the last number that it counted to."""
     process.send_signal(signal.SIGTSTP)
-    last = 1
     while (said := line(process)) != "held":
-        last = int(said)
-    return last
+        counted = int(said)
+    return counted
 
 
 def test_a_held_run_waits_where_it_is_and_goes_on_when_told_to() -> None:
@@ -61,13 +64,12 @@ def test_a_held_run_waits_where_it_is_and_goes_on_when_told_to() -> None:
         first = hold(process)
         time.sleep(0.5)
         process.send_signal(signal.SIGCONT)
-        assert line(process) == "released"
-        second = hold(process)
+        assert [line(process), line(process)] == ["released", str(first + 1)]
+        second = hold(process, counted=first + 1)
         process.send_signal(signal.SIGCONT)
-        assert line(process) == "released"
-        rest = said_to_the_end(process)
-    assert first < second < 40
-    assert [int(number) for number in rest[:-1]] == list(range(second + 1, 41))
+        assert [line(process), line(process)] == ["released", str(second + 1)]
+        *rest, _ = said_to_the_end(process)
+    assert [int(number) for number in rest] == list(range(second + 2, second + 2 + len(rest)))
 
 
 def test_the_time_that_it_is_held_does_not_count() -> None:
@@ -76,10 +78,15 @@ def test_the_time_that_it_is_held_does_not_count() -> None:
         hold(process)
         time.sleep(2)
         process.send_signal(signal.SIGCONT)
-        worked = float(said_to_the_end(process)[-1])
+        assert line(process) == "released"
+        last = 1
+        while last < 40:
+            last = int(line(process))
+        *rest, worked = said_to_the_end(process)
         lived = time.monotonic() - begun
-    assert worked < lived - 1.9
-    assert worked > 39 * 0.02  # the sleep that was interrupted is over when it is let go
+    steps = last + len(rest)
+    assert float(worked) < lived - 1.9
+    assert float(worked) > (steps - 1) * 0.02  # the wait that was interrupted is over when it is let go
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -15), (signal.SIGKILL, -9)])

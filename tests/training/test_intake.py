@@ -253,6 +253,16 @@ def test_classes_that_differ_much_in_size_are_noted(check: Callable[..., Report]
     assert report.notes == ("classes differ much in size: 'cat' has 40 pictures, 'dog' 12",)
 
 
+def test_what_a_killed_check_left_beside_its_folder_goes(
+    check: Callable[..., Report], pets: Files, tmp_path: Path
+) -> None:
+    left = tmp_path / "out" / ".checked-safelight-x0"
+    (left / "content").mkdir(parents=True)
+    (left / "content" / "data.zip").write_bytes(b"half")
+    check(pets, into=tmp_path / "out" / "checked")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checked"]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,8 @@ from PIL import Image
 from tests.tiny import make_bundle
 from training import report
 from training.bundle import store
-from training.bundle.manifest import Manifest, Metrics
+from training.bundle.manifest import Manifest, Metrics, Parent
+from training.gate import Evidence, judge
 
 HISTORY = [
     {
@@ -97,6 +99,51 @@ def test_the_card_tells_what_it_scores_and_where_not_to_trust_it(manifest: Manif
     assert card.startswith("# greys\n\nTells 2 classes apart: cat, dog.\n")
     assert "## Scores, on 10 test images read once" in card
     assert "## Where not to trust it" in card
+
+
+def answers(*right: bool) -> np.ndarray:
+    """Shares of two classes, of which the pictures show one each in turn."""
+    told = np.where(right, np.arange(len(right)) % 2, 1 - np.arange(len(right)) % 2)
+    return np.where(np.arange(2) == told[:, None], 0.75, 0.25)
+
+
+GATE = """
+## What the gate found
+
+fixed 20 of 40, broke 0; p = 1e-6; promoted
+
+| right, of pictures that nothing was fitted to (95 % interval) | value |
+|---|---|
+| this version | 40 of 40, 100.0% (91.2% to 100.0%) |
+| the active version | 20 of 40, 50.0% (35.2% to 64.8%) |
+| always the commonest class | 20 of 40, 50.0% (35.2% to 64.8%) |
+
+- `outputs`, passed: Its outputs are finite and differ from picture to picture.
+"""
+
+
+def test_the_card_of_a_fine_tuned_version_tells_its_parent_and_what_the_gate_found(manifest: Manifest) -> None:
+    parent = Parent(model="cifar10", version="3", weights_sha256="c0ffee" * 10 + "0000")
+    verdict = judge(Evidence(("cat", "dog"), np.arange(40) % 2, answers(*[True] * 40), answers(*[True, False] * 20)))
+    card = report.model_card(manifest.model_copy(update={"parent": parent}), verdict)
+    assert "\n## Made from\n\nFine-tuned from cifar10@3 (weights c0ffeec0ffee…).\nRecipe `tiny`, seed 0: " in card
+    before, found, after = card.partition(GATE)
+    assert found
+    assert before.endswith("| dog | 0.0% |\n")
+    told, _, _ = after.partition("\n## Where not to trust it\n")
+    assert re.findall(r"^- `(\w+)`, (\w+): (.+)$", told, re.M) == [
+        (check.name, "open" if check.name in ("guard", "latency", "size") else "passed", check.sentence)
+        for check in verdict.checks[1:]
+    ]
+
+
+def test_a_candidate_that_was_compared_with_nothing_has_a_card(manifest: Manifest) -> None:
+    same = judge(Evidence(("cat", "dog"), np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]])))
+    card = report.model_card(manifest, same)
+    assert (
+        "\n## What the gate found\n\nrefused: it answers `cat` whatever the picture.\n\n"
+        "- `outputs`, failed: it answers `cat` whatever the picture.\n\n## Where not to trust it\n"
+    ) in card
 
 
 def test_a_card_without_views_does_not_speak_of_them(manifest: Manifest) -> None:

@@ -9,6 +9,7 @@ The one part of training that the service imports. It needs no torch. Its errors
   + FileMalformed
   + GoldenMismatch
   + NameInvalid
+* NameTaken
 * ImageRejected
   + NotAnImage
   + ImageTooLarge

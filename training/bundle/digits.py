@@ -21,13 +21,9 @@ SPECK = 0.04  # a blot below this share of the ink is dirt, not part of the digi
 def fit_digit(grey: Grey, size: tuple[int, int]) -> Grey:
     """Greyscale [h, w] to white ink on black [height, width]. An input that already is that passes unchanged, and its
     negative is inverted."""
+    if (passed := as_mnist(grey, size)) is not None:
+        return passed
     width, height = size
-    if grey.shape == (height, width):
-        border = border_pixels(grey).mean()
-        if border < 64:
-            return grey
-        if border > 191:
-            return 255 - grey
     ink = _ink(_shrink(grey))  # [h, w], 0 paper … 1 ink
     mask = _digit_mask(ink)
     if not mask.any():
@@ -37,6 +33,17 @@ def fit_digit(grey: Grey, size: tuple[int, int]) -> Grey:
     scale = BOX * min(height, width) / max(mask[box].shape)
     digit = _thicken((ink * mask)[box], mask[box], THIN * min(height, width) / scale)
     return _centre(_resize(digit, scale), height, width)
+
+
+def as_mnist(grey: Grey, size: tuple[int, int]) -> Grey | None:
+    """An input that is white ink on black already, or the negative of its negative; None for any other."""
+    width, height = size
+    if grey.shape != (height, width):
+        return None
+    border = border_pixels(grey).mean()
+    if 64 <= border <= 191:
+        return None
+    return grey if border < 64 else 255 - grey
 
 
 def border_pixels(grey: Grey) -> Grey:

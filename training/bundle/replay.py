@@ -31,11 +31,11 @@ class ReplayMalformed(BundleError):
 
 @dataclass(frozen=True)
 class Replay:
-    features: Features  # [N, D] of training pictures, equally many of each class
+    features: Features  # [N, D] of training pictures, equally many of each class; none where the classes are too many
     labels: Labels  # [N]
     guard_features: Features  # [M, D] of test pictures
     guard_labels: Labels  # [M]
-    test_digests: NDArray[np.uint8]  # [T, DIGEST_BYTES] of every test picture, sorted
+    test_digests: NDArray[np.uint8]  # [T, DIGEST_BYTES] of the test pictures, sorted
 
     def is_test_picture(self, pixels: Pixels) -> bool:
         """Whether these very pixels [C, H, W] were measured on."""

@@ -8,8 +8,6 @@ import fcntl
 import hashlib
 import math
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,11 +29,13 @@ from training.bundle.manifest import (
     ModelName,
     Version,
 )
+from training.bundle.staging import private_folder
 
 ACTIVE = "active"
 NONE = "none"  # in place of a version: none answers those who name none
 UNLOADED = "unloaded"  # while this file is there, the model doesn't answer at all
 LAST = ".last"  # the highest version ever given, so that a deleted version's number isn't used again
+LOOKS = ".looks"  # a line for each candidate and the hold-out that it was held against, also of deleted versions
 
 _MODEL_NAME = TypeAdapter(ModelName)
 _VERSION = TypeAdapter(Version)
@@ -124,6 +124,23 @@ def read_manifest(artifacts: Path, ref: BundleRef) -> Manifest:
     if (manifest.model, manifest.version) != (ref.model, ref.version):
         raise ManifestInvalid(f"{MANIFEST} is of {manifest.model}@{manifest.version} but lies in the folder of {ref}")
     return manifest
+
+
+def readable_manifest(artifacts: Path, ref: BundleRef) -> Manifest | None:
+    """None where `read_manifest` would refuse it."""
+    try:
+        return read_manifest(artifacts, ref)
+    except ManifestInvalid:
+        return None
+
+
+def namesakes(artifacts: Path, model: str) -> list[Manifest]:
+    """Whose classes a new version must have: the newest version that can be read, and the one that answers."""
+    manifests = (readable_manifest(artifacts, ref) for ref in reversed(versions(artifacts, model)))
+    newest = next((manifest for manifest in manifests if manifest), None)
+    ref = answering(artifacts, model)
+    answers = readable_manifest(artifacts, ref) if ref else None
+    return [manifest for manifest in (newest, answers) if manifest]
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -218,12 +235,9 @@ def activate(artifacts: Path, ref: BundleRef) -> None:
 
 def delete(artifacts: Path, ref: BundleRef) -> None:
     """Remove a version: renamed out of sight first, so that nobody sees half of it go."""
-    doomed = Path(tempfile.mkdtemp(prefix=".deleted-", dir=artifacts / ref.model))
-    try:
-        with _highest_number(artifacts / ref.model):  # its number counts as given, also where it was copied here
-            os.rename(ref.path(artifacts), doomed / ref.version)
-    finally:
-        shutil.rmtree(doomed)
+    folder = artifacts / ref.model
+    with private_folder(folder, ".deleted-") as doomed, _highest_number(folder):
+        os.rename(ref.path(artifacts), doomed / ref.version)  # and its number counts, also where it was copied here
 
 
 def check_writable(artifacts: Path, model: str) -> None:
@@ -236,17 +250,31 @@ def check_writable(artifacts: Path, model: str) -> None:
         )
 
 
+def looked(artifacts: Path, model: str, hold_out: str, weights: str) -> int:
+    """Note that a candidate is held against a hold-out, by their digests: how many were so far, this one included."""
+    check_model_name(model)
+    (artifacts / model).mkdir(parents=True, exist_ok=True)
+    look = f"{hold_out} {weights}\n"
+    with (artifacts / model / LOOKS).open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        looks = set(file)
+        if look not in looks:
+            file.write(look)
+            file.flush()
+            os.fsync(file.fileno())
+    return sum(line.startswith(hold_out) for line in looks | {look})
+
+
 @contextmanager
 def staging(artifacts: Path, model: str) -> Iterator[Path]:
-    """A private folder beside the model's versions, to write a bundle into; removed unless it was published."""
+    """A private folder beside the model's versions, to write a bundle into; removed unless it was published, and where
+    its process was killed, by the next one that stages a version of the model."""
     check_model_name(model)
     parent = artifacts / model
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
-    try:
+    with private_folder(parent, ".staging-") as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(staged: Path, artifacts: Path, model: str, describe: Callable[[str], Manifest]) -> BundleRef:
@@ -259,7 +287,7 @@ def publish(staged: Path, artifacts: Path, model: str, describe: Callable[[str],
         ref = BundleRef(model, str(number))
         (staged / MANIFEST).write_text(describe(ref.version).model_dump_json(indent=2) + "\n")
         _flush(staged)
-        staged.chmod(0o755)  # mkdtemp makes 0700; the service may run as another user
+        staged.chmod(0o755)  # whatever the umask: the service may run as another user
         os.rename(staged, ref.path(artifacts))
         _flush_folder(artifacts / model)
     return ref

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.lifecycle import Lifecycle, drain_on_sigterm
 from tests.tiny import grey
 from training import __version__
+from training.processors import processors
 
 PNG = {"Content-Type": "image/png"}
 
@@ -62,6 +63,7 @@ def test_info_shows_what_runs_where_and_how_it_was_chosen(client: TestClient) ->
     assert info["versions"]["python"] == platform.python_version()
     assert info["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert info["limits"]["max_images"] == 256
+    assert (info["workers"], info["threads"]) == (1, processors())
     (engine,) = info["engines"]
     assert (engine["model"], engine["version"]) == ("greys", "1")
     assert engine["engine"] in {timing["name"] for timing in engine["timings"]}

@@ -1,26 +1,34 @@
 """/v2 over HTTP, byte by byte; what the real clients make of it is tests/e2e/test_inference_clients.py."""
 
+import asyncio
 import base64
 import gzip
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from service.app import create_app
 from service.settings import Settings
-from tests.tiny import GREYS, SPEC, Fragile, grey, make_bundle, shade
+from tests.tiny import GREYS, POISON, SPEC, Fragile, Greys, flip_a_bit, grey, make_bundle, shade
 from training import __version__
+from training.bundle.manifest import MODULE
 
+ARTIFACTS = Path(__file__).parents[3] / "artifacts"
+PNG = {"Content-Type": "image/png"}
 INFER = "/v2/models/greys/infer"
 HEAD = "Inference-Header-Content-Length"
+PICTURES = {"name": "pictures", "datatype": "BYTES", "shape": [1]}
 
 
 def pixels(*levels: int, kind: str = "<u1") -> bytes:
@@ -49,6 +57,13 @@ def asking(
     behind = pixels(*levels)
     question = {"inputs": [tensor(len(levels), parameters={"binary_data_size": len(behind)})], "parameters": parameters}
     return packed(question | ({"outputs": outputs} if outputs else {}), behind)
+
+
+def binary(*pictures: bytes) -> tuple[bytes, dict[str, str]]:
+    """A question about encoded pictures, behind the JSON."""
+    behind = strings(*pictures)
+    described = PICTURES | {"shape": [len(pictures)], "parameters": {"binary_data_size": len(behind)}}
+    return packed({"inputs": [described]}, behind)
 
 
 def unpacked(response: Response) -> dict[str, Any]:
@@ -122,12 +137,12 @@ def test_a_model_s_inputs_and_outputs_are_described(client: TestClient, path: st
         "platform": "pytorch_torchscript",
         "inputs": [
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, 1, 8, 8]},
-            {"name": "pictures", "datatype": "BYTES", "shape": [-1]},
+            {"name": "pictures", "datatype": "BYTES", "shape": [-1, 1]},
         ],
         "outputs": [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, 16]},
             {"name": "logits", "datatype": "FP32", "shape": [-1, 16]},
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1, 1]},
         ],
     }
     assert client.get(f"{path}/ready").json() == {"name": "greys", "ready": True}
@@ -147,6 +162,7 @@ def test_a_model_s_inputs_and_outputs_are_described(client: TestClient, path: st
             {"name": "label", "data_type": "TYPE_STRING", "dims": [1]},
         ],
         "dynamic_batching": {"preferred_batch_size": [64], "max_queue_delay_microseconds": 0},
+        "response_cache": {"enable": False},
     }
 
 
@@ -156,6 +172,29 @@ def test_what_there_is_not_is_said_in_the_protocol_s_shape(client: TestClient) -
     refused(client.get("/v2/models/greys/versions/7/ready"), 404, "model greys has no version 7; it has 1")
     refused(client.get("/v2/nothing"), 404, "GET /v2/nothing: Not Found")
     refused(client.get(INFER), 405, f"GET {INFER}: Method Not Allowed")
+
+
+def test_a_version_is_ready_once_it_is_verified(settings: Settings, artifacts: Path) -> None:
+    make_bundle(artifacts, activate=False)
+    with application(settings, rescan_seconds=1000) as client:  # none but the active one is verified by itself
+        unverified = client.get("/v2/models/greys/versions/2/ready")
+        error = "greys@2 is still being verified; try again in a moment"
+        assert (unverified.status_code, unverified.json()) == (503, {"name": "greys", "ready": False, "error": error})
+        body, headers = asking(3)
+        assert client.post("/v2/models/greys/versions/2/infer", content=body, headers=headers).status_code == 200
+        verified = client.get("/v2/models/greys/versions/2/ready")
+        assert (verified.status_code, verified.json()) == (200, {"name": "greys", "ready": True})
+
+
+def test_a_version_that_fails_its_verification_is_never_ready(settings: Settings, artifacts: Path) -> None:
+    flip_a_bit(make_bundle(artifacts, activate=False).path(artifacts) / MODULE)
+    with application(settings, rescan_seconds=1000) as client:
+        assert client.get("/v2/models/greys/versions/2/ready").status_code == 503
+        body, headers = asking(3)
+        assert client.post("/v2/models/greys/versions/2/infer", content=body, headers=headers).status_code == 409
+        refused_now = client.get("/v2/models/greys/versions/2/ready")
+        assert (refused_now.status_code, refused_now.json()["ready"]) == (503, False)
+        assert refused_now.json()["error"].startswith("greys@2 was refused: ")
 
 
 # --- inference ---
@@ -194,7 +233,7 @@ def test_every_way_to_send_the_same_pixels_gets_the_same_bytes(client: TestClien
 
 
 def test_the_answer_is_that_of_predict(client: TestClient) -> None:
-    ranked = client.post("/predict?top_k=16", content=grey(9), headers={"Content-Type": "image/png"}).json()
+    ranked = client.post("/predict?top_k=16", content=grey(9), headers=PNG).json()
     expected = {score["label"]: score["probability"] for score in ranked["predictions"][0]["scores"]}
     body, headers = asking(9)
     probabilities = unpacked(client.post(INFER, content=body, headers=headers))["probabilities"][0]
@@ -221,11 +260,23 @@ def test_the_reply_has_the_outputs_that_are_asked_for_in_the_form_that_is_asked_
         "model_name": "greys",
         "model_version": "1",
         "outputs": [
-            {"name": "label", "datatype": "BYTES", "shape": [2], "data": ["grey-2", "grey-4"]},
+            {"name": "label", "datatype": "BYTES", "shape": [2, 1], "data": ["grey-2", "grey-4"]},
             {"name": "logits", "datatype": "FP32", "shape": [2, 16], "parameters": {"binary_data_size": 128}},
         ],
     }
     assert unpacked(reply)["logits"].argmax(1).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("names", [["pixels", "pictures"], ["pictures", "pixels"]])
+def test_of_both_inputs_the_pixels_are_read(client: TestClient, names: list[str]) -> None:
+    contents = {"pixels": pixels(3), "pictures": strings(b"no picture at all")}
+    described = {"pixels": tensor(1), "pictures": PICTURES}
+    inputs = [described[name] | {"parameters": {"binary_data_size": len(contents[name])}} for name in names]
+    body, headers = packed({"inputs": inputs}, *(contents[name] for name in names))
+    assert unpacked(client.post(INFER, content=body, headers=headers))["label"] == ["grey-3"]
+    sizes = " and ".join(f"{len(contents[name])} of {name!r}" for name in names)
+    error = f"86 bytes follow the JSON; by binary_data_size there should be {sizes}"
+    refused(client.post(INFER, content=body + b"!", headers=headers), 400, error)
 
 
 def test_an_id_comes_back_and_no_id_stays_away(client: TestClient) -> None:
@@ -258,6 +309,89 @@ def test_a_long_answer_is_packed_for_those_who_accept_that(client: TestClient) -
     assert "content-encoding" not in plain.headers
 
 
+@pytest.mark.parametrize(
+    ("header", "encoding"),
+    [
+        ("", None),
+        ("gzip", "gzip"),
+        ("GZip", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip, deflate, br", "gzip"),
+        ("gzip;q=0", None),
+        ("gzip;q=0.000, deflate;q=0.0", None),
+        ("gzip; q=0, deflate", "deflate"),
+        ("gzip;q=0.5, deflate;q=0.7", "deflate"),
+        ("gzip;q=0.5, identity", None),
+        ("gzip;q=0.5, identity;q=0.5", "gzip"),
+        ("identity;q=0, deflate;q=0.001", "deflate"),
+        ("*", "gzip"),
+        ("*;q=0", None),
+        ("gzip;q=0, *", "deflate"),
+        ("br, zstd", None),
+        ("gzip;q=much", None),
+        ("gzip;q=2", None),
+        ("gzip;q=-1, deflate;level=1", None),
+        ("notgzip, deflated", None),
+    ],
+)
+def test_an_answer_is_packed_as_its_client_prefers(client: TestClient, header: str, encoding: str | None) -> None:
+    body, headers = asking(*range(16))
+    with client.stream("POST", INFER, content=body, headers=headers | {"Accept-Encoding": header}) as reply:
+        assert reply.status_code == 200
+        assert (reply.headers.get("content-encoding"), reply.headers["vary"]) == (encoding, "Accept-Encoding")
+        packed = b"".join(reply.iter_raw())
+    unpack = {None: bytes, "gzip": gzip.decompress, "deflate": zlib.decompress}[encoding]
+    assert len(json.loads(unpack(packed))["outputs"]) == 3
+
+
+def test_a_long_answer_is_not_written_on_the_event_loop(settings: Settings, artifacts: Path) -> None:
+    """Nobody else would be answered meanwhile: writing and packing takes many times what the loop has to do for it."""
+    levels, count = 256, 256
+    classes = [f"a class by the name of {level}" for level in range(levels)]
+    make_bundle(artifacts, "many", Greys(levels=levels), classes=classes)
+    content = np.arange(count, dtype=np.uint8).repeat(64).tobytes()
+    question = {"inputs": [tensor(count, parameters={"binary_data_size": len(content)})]}
+    body, headers = packed(question, content)
+
+    async def main() -> tuple[float, bytes]:
+        app = create_app(settings)
+        async with app.router.lifespan_context(app) as state:
+            await asgi(app, state, "/v2/models/many/infer", body, headers)
+            begun = time.thread_time()
+            reply = await asgi(app, state, "/v2/models/many/infer", body, headers | {"Accept-Encoding": "gzip"})
+            return time.thread_time() - begun, reply
+
+    on_the_loop, reply = asyncio.run(main())
+    answer = json.loads(gzip.decompress(reply))
+    assert answer["outputs"][2]["data"][7] == "a class by the name of 7"
+    begun = time.thread_time()
+    gzip.compress(json.dumps(answer).encode(), 1)
+    assert on_the_loop < (time.thread_time() - begun) / 3
+
+
+async def asgi(app: FastAPI, state: Any, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """The body of a reply, without a client's work beside it."""
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+    scope |= {"headers": raw, "state": dict(state), "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"}
+    received = iter([{"type": "http.request", "body": body, "more_body": False}])
+    gone = asyncio.Event()
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        message = next(received, None)
+        if message is None:
+            await gone.wait()
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 200
+    return b"".join(message["body"] for message in sent[1:])
+
+
 def test_as_many_pictures_as_the_limit_and_not_one_more(settings: Settings) -> None:
     with application(settings, max_images=4) as client:
         for count in (1, 3, 4):
@@ -270,7 +404,6 @@ def test_as_many_pictures_as_the_limit_and_not_one_more(settings: Settings) -> N
 
 # --- what is wrong with a request ---
 
-PICTURES = {"name": "pictures", "datatype": "BYTES", "shape": [1]}
 WRONG: dict[str, tuple[Any, int, str]] = {
     "a wrong shape": (
         {"inputs": [tensor(1, data=[1] * 64) | {"shape": [1, 8, 8, 1]}]},
@@ -285,12 +418,12 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "another type": (
         {"inputs": [tensor(1, "INT64", data=[1] * 64)]},
         400,
-        "input 'pixels' is INT64; the model takes UINT8, or FP32 of 0 to 255",
+        "input 'pixels' is 'INT64'; the model takes UINT8, or FP32 of 0 to 255",
     ),
     "half precision in JSON": (
         {"inputs": [tensor(1, "FP16", data=[1] * 64)]},
         400,
-        "input 'pixels' is FP16; the model takes UINT8, or FP32 of 0 to 255",
+        "input 'pixels' is 'FP16'; the model takes UINT8, or FP32 of 0 to 255",
     ),
     "an unknown input": (
         {"inputs": [tensor(1, data=[1] * 64) | {"name": "image"}]},
@@ -315,7 +448,7 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "classes of a label": (
         {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
         400,
-        "`classification` is a number of classes, for the output probabilities or logits",
+        "`classification` is for the outputs probabilities and logits, not for label",
     ),
     "no pictures": (
         {"inputs": [tensor(0, data=[])]},
@@ -357,7 +490,7 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "a size that is none": (
         {"inputs": [tensor(1, parameters={"binary_data_size": -5})]},
         400,
-        "input 'pixels' needs either `data` or a whole number as binary_data_size",
+        "inputs.0.parameters.binary_data_size: Input should be greater than or equal to 0",
     ),
     "shared memory": (
         {"inputs": [tensor(1, parameters={"shared_memory_region": "mine"})]},
@@ -368,7 +501,7 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "more pictures than said": (
         {"inputs": [PICTURES | {"data": ["AAAA", "AAAA"]}]},
         400,
-        "input 'pictures' holds 2 pictures; its shape says 1",
+        "input 'pictures' holds more than 1 pictures; its shape says 1",
     ),
     "pictures as numbers": (
         {"inputs": [PICTURES | {"data": [1]}]},
@@ -378,14 +511,39 @@ WRONG: dict[str, tuple[Any, int, str]] = {
     "pictures of another type": (
         {"inputs": [PICTURES | {"datatype": "UINT8", "data": [1]}]},
         400,
-        "input 'pictures' is UINT8; it must be BYTES: encoded pictures",
+        "input 'pictures' is 'UINT8'; it must be BYTES: encoded pictures",
     ),
     "no inputs": ({"inputs": []}, 400, "inputs: List should have at least 1 item after validation, not 0"),
     "no object": ([1], 400, None),
-    "a time that is none": (
-        {"inputs": [tensor(1, data=[1] * 64)], "parameters": {"timeout": "soon"}},
+    "a null in an input's name": (
+        {"inputs": [tensor(1, data=[1] * 64) | {"name": "pixels\0"}]},
         400,
-        "the parameter `timeout` must be a whole number of microseconds",
+        "a request has one input, 'pixels' or 'pictures'; this one has ['pixels\\x00']",
+    ),
+    "a null in an output's name": (
+        {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "\0logits"}]},
+        400,
+        "there is no output '\\x00logits'; there is probabilities, logits, label",
+    ),
+    "a null in a type": (
+        {"inputs": [tensor(1, "UINT8\0", data=[1] * 64)]},
+        400,
+        "input 'pixels' is 'UINT8\\x00'; the model takes UINT8, or FP32 of 0 to 255",
+    ),
+    "a null in an id": (
+        {"id": "7\0", "inputs": [tensor(1, data=[1] * 64)]},
+        400,
+        "`id` holds a null character; send one without",
+    ),
+    "a null in base64": (
+        {"inputs": [PICTURES | {"data": ["AA\0AA"]}]},
+        400,
+        "the picture isn't base64: Only base64 data is allowed; send the file's bytes in base64 or as a data URI",
+    ),
+    "data in both places": (
+        {"inputs": [tensor(1, data=[1] * 64, parameters={"binary_data_size": 0})]},
+        400,
+        "input 'pixels' has both `data` and a binary_data_size; send one of them",
     ),
 }
 
@@ -395,6 +553,67 @@ def test_a_request_that_is_wrong_is_told_what_is_wrong(client: TestClient, name:
     question, status, error = WRONG[name]
     reply = client.post(INFER, json=question)
     refused(reply, status, reply.json()["error"] if error is None else error)
+
+
+NO_WHOLE = "Input should be a valid integer"
+NO_FLAG = "Input should be a valid boolean"
+BELOW, ABOVE = "Input should be greater than or equal to", "Input should be less than or equal to 18446744073709551615"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("timeout", "soon", NO_WHOLE),
+        ("timeout", True, NO_WHOLE),
+        ("timeout", 5.0, NO_WHOLE),
+        ("timeout", -1, f"{BELOW} 0"),
+        ("timeout", 10**400, ABOVE),
+        ("priority", "high", NO_WHOLE),
+        ("priority", 2**64, ABOVE),
+        ("binary_data_output", "no", NO_FLAG),
+        ("binary_data_output", 0, NO_FLAG),
+        ("outputs.binary_data", "no", NO_FLAG),
+        ("outputs.classification", True, NO_WHOLE),
+        ("outputs.classification", 0, f"{BELOW} 1"),
+        ("outputs.classification", 2**64, ABOVE),
+        ("inputs.binary_data_size", True, NO_WHOLE),
+        ("inputs.binary_data_size", 10**400, ABOVE),
+    ],
+)
+def test_a_parameter_of_another_type_or_out_of_bounds_is_refused(
+    client: TestClient, name: str, value: object, error: str
+) -> None:
+    place, _, parameter = name.rpartition(".")
+    question: dict[str, Any] = {"inputs": [tensor(1, data=[1] * 64)], "outputs": [{"name": "logits"}]}
+    said = question[place][0] if place else question
+    said["parameters"] = {parameter: value}
+    where = f"{place}.0.parameters" if place else "parameters"
+    refused(client.post(INFER, json=question), 400, f"{where}.{parameter}: {error}")
+
+
+def test_the_largest_parameters_are_taken(client: TestClient) -> None:
+    most = 2**64 - 1
+    outputs = [{"name": "logits", "parameters": {"classification": most}}]
+    body, headers = asking(3, outputs=outputs, timeout=most, priority=most)
+    assert len(unpacked(client.post(INFER, content=body, headers=headers))["logits"]) == len(GREYS)
+
+
+def test_null_is_as_good_as_nothing(client: TestClient) -> None:
+    values = [int(value) for value in pixels(3)]
+    plain = {"inputs": [tensor(1, data=values)]}
+    nulls = {"id": None, "parameters": None, "inputs": [tensor(1, data=values, parameters=None)], "outputs": None}
+    inner = plain | {
+        "parameters": {"timeout": None, "binary_data_output": None},
+        "outputs": [
+            {"name": "probabilities", "parameters": None},
+            {"name": "logits", "parameters": {"binary_data": None, "classification": None}},
+            {"name": "label"},
+        ],
+    }
+    expected = client.post(INFER, json=plain).json()
+    assert [client.post(INFER, json=question).json() for question in (nulls, inner)] == [expected] * 2
+    assert client.post("/v2/repository/models/greys/load", json={"parameters": None}).json() == {}
+    assert len(client.post("/v2/repository/index", json={"ready": None}).json()) == 1
 
 
 @pytest.mark.parametrize(
@@ -407,8 +626,23 @@ def test_a_request_that_is_wrong_is_told_what_is_wrong(client: TestClient, name:
         (b"{}", {HEAD: "abc"}, "Inference-Header-Content-Length must be a whole number, not 'abc'"),
         (b"{}", {HEAD: "-1"}, "Inference-Header-Content-Length must be a whole number, not '-1'"),
         (b"{}", {HEAD: "9"}, "Inference-Header-Content-Length is 9; the body has only 2 bytes"),
-        (gzip.compress(b"{}")[:-4], {"Content-Encoding": "gzip"}, "the body isn't one whole gzip stream"),
-        (b"{}", {"Content-Encoding": "deflate"}, "the body isn't deflate"),
+        (gzip.compress(b"{}")[:-4], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Compressed"),
+        (gzip.compress(b"{}")[:5], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Compressed"),
+        (gzip.compress(b"{}") + gzip.compress(b" ")[:-4], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not"),
+        (gzip.compress(b"{}") + b"more", {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Not a"),
+        (gzip.compress(b"") * 10_001, {"Content-Encoding": "gzip"}, "the gzip body has more than 10000 members"),
+        (b"{}", {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Not a gzipped file"),
+        (b"{}", {"Content-Encoding": "deflate"}, "the body isn't deflate, or not all of it: Error -3"),
+        (
+            zlib.compress(b"{}")[:-3],
+            {"Content-Encoding": "deflate"},
+            "the body isn't deflate, or not all of it: it ends",
+        ),
+        (
+            zlib.compress(b"{}") + b"x",
+            {"Content-Encoding": "deflate"},
+            "the body isn't deflate, or not all of it: it en",
+        ),
     ],
 )
 def test_a_body_that_can_not_be_read_is_refused(
@@ -419,14 +653,28 @@ def test_a_body_that_can_not_be_read_is_refused(
     refused(reply, 400, reply.json()["error"])
 
 
+def test_a_gzip_body_may_have_several_members(client: TestClient) -> None:
+    body, headers = asking(3, 5)
+    members = b"".join(gzip.compress(body[start : start + 50]) for start in range(0, len(body), 50))
+    reply = client.post(INFER, content=members, headers=headers | {"Content-Encoding": "gzip"})
+    assert unpacked(reply)["label"] == ["grey-3", "grey-5"]
+
+
 def test_bytes_that_are_not_those_of_the_description_are_refused(client: TestClient) -> None:
     question = {"inputs": [tensor(1, parameters={"binary_data_size": 64})]}
     body, headers = packed(question, pixels(1) + b"more")
-    error = "input 'pixels' has a binary_data_size of 64; 68 bytes follow the JSON"
+    error = "68 bytes follow the JSON; by binary_data_size there should be 64 of 'pixels'"
     refused(client.post(INFER, content=body, headers=headers), 400, error)
     question = {"inputs": [tensor(2, parameters={"binary_data_size": 64})]}
     body, headers = packed(question, pixels(1))
     error = "input 'pixels' of the shape [2, 1, 8, 8] takes 128 bytes, not 64"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
+def test_millions_of_empty_strings_are_refused_after_the_first(client: TestClient) -> None:
+    behind = bytes(8_000_000)
+    body, headers = packed({"inputs": [PICTURES | {"parameters": {"binary_data_size": len(behind)}}]}, behind)
+    error = "input 'pictures' holds more than 1 pictures; its shape says 1"
     refused(client.post(INFER, content=body, headers=headers), 400, error)
 
 
@@ -458,6 +706,14 @@ def test_a_bomb_is_not_unpacked(settings: Settings) -> None:
         refused(reply, 415, "content encoding br isn't read here; send gzip, deflate or none")
 
 
+@pytest.mark.parametrize("content", [b"\0", b"\0" + grey(3), grey(3).replace(b"IHDR", b"\0HDR")])
+def test_a_null_in_a_picture_is_a_byte_like_any_other(client: TestClient, content: bytes) -> None:
+    assert grey(3).count(b"\0") > 10
+    body, headers = binary(content)
+    error = "this is no image of a format that is read here; send one of PNG, JPEG, WEBP, GIF, BMP, TIFF"
+    refused(client.post(INFER, content=body, headers=headers), 400, error)
+
+
 def test_of_many_pictures_the_bad_one_is_named(client: TestClient) -> None:
     behind = strings(grey(1), b"no picture", grey(2))
     inputs = [PICTURES | {"shape": [3], "parameters": {"binary_data_size": len(behind)}}]
@@ -484,33 +740,93 @@ def test_a_time_that_is_too_short_is_kept_to(client: TestClient) -> None:
 # --- statistics ---
 
 
-def test_statistics_count_pictures_batches_and_failures(client: TestClient) -> None:
-    def counted() -> dict[str, Any]:
-        (found,) = client.get("/v2/models/greys/versions/1/stats").json()["model_stats"]
-        assert client.get("/v2/models/greys/stats").json() == client.get("/v2/models/stats").json()
-        return dict(found)
+def counted(client: TestClient, model: str = "greys") -> dict[str, Any]:
+    """Everything that is counted of version 1, each figure under one name."""
+    (found,) = client.get(f"/v2/models/{model}/versions/1/stats").json()["model_stats"]
+    stages = found.pop("inference_stats")
+    return found | {f"{name} {part}": value for name, parts in stages.items() for part, value in parts.items()}
 
+
+def grown(client: TestClient, before: dict[str, Any], model: str = "greys") -> dict[str, int]:
+    """What it grew by; what didn't is left out."""
+    after = counted(client, model)
+    numbers = (name for name, value in after.items() if isinstance(value, int))
+    return {name: after[name] - before[name] for name in numbers if after[name] != before[name]}
+
+
+STAGES = ("success", "queue", "compute_input", "compute_infer", "compute_output")
+
+
+def test_statistics_count_pictures_batches_and_where_the_time_went(client: TestClient) -> None:
+    before = counted(client)
+    assert (before["name"], before["version"], before["batch_stats"]) == ("greys", "1", [])
     body, headers = asking(1, 2, 3)
-    before = counted()
     for _ in range(4):
         assert client.post(INFER, content=body, headers=headers).status_code == 200
-    late, headers = asking(1, timeout=1)
-    assert client.post(INFER, content=late, headers=headers).status_code == 504
-    after = counted()
-    assert (after["name"], after["version"]) == ("greys", "1")
-    assert after["inference_count"] - before["inference_count"] == 12
-    assert after["execution_count"] - before["execution_count"] == 4
-    assert after["last_inference"] > before["last_inference"]
-    grown = {
-        name: {part: after["inference_stats"][name][part] - before["inference_stats"][name][part] for part in figures}
-        for name, figures in after["inference_stats"].items()
-    }
-    counts = {name: figures["count"] for name, figures in grown.items()}
-    stages = dict.fromkeys(("success", "queue", "compute_input", "compute_infer", "compute_output"), 4)
-    assert counts == stages | {"fail": 1, "cache_hit": 0, "cache_miss": 0}
-    parts = sum(grown[name]["ns"] for name in stages if name != "success")
-    assert parts == pytest.approx(grown["success"]["ns"], rel=1e-6)
-    assert all((figures["ns"] > 0) == (figures["count"] > 0) for figures in grown.values())
+    found = grown(client, before)
+    assert found.pop("last_inference") > 0
+    times = {name: found.pop(f"{name} ns") for name in STAGES}
+    assert found == {"inference_count": 12, "execution_count": 4} | {f"{name} count": 4 for name in STAGES}
+    assert min(times.values()) > 0
+    assert sum(times[name] for name in STAGES[1:]) == pytest.approx(times["success"], rel=1e-6)
+    assert client.get("/v2/models/greys/stats").json() == client.get("/v2/models/stats").json()
+
+
+@pytest.mark.parametrize(
+    ("question", "status", "computed"),
+    [
+        (asking(1, timeout=1), 504, 0),
+        (binary(b"no picture"), 400, 0),
+        (binary(grey(1), b"no picture", grey(2)), 400, 2),
+        (binary(grey(1, first_pixel=POISON)), 500, 1),
+        (binary(grey(1), grey(2, first_pixel=POISON)), 500, 2),
+    ],
+    ids=["late", "no picture", "one of three is no picture", "poisoned", "one of two is poisoned"],
+)
+def test_a_request_that_was_admitted_and_got_no_answer_is_a_failure_and_no_success(
+    settings: Settings, artifacts: Path, question: tuple[bytes, dict[str, str]], status: int, computed: int
+) -> None:
+    make_bundle(artifacts, "fragile", module=Fragile())
+    with application(settings) as client:
+        client.get("/v1/models/fragile")  # once it is loaded
+        before = counted(client, "fragile")
+        body, headers = question
+        assert client.post("/v2/models/fragile/infer", content=body, headers=headers).status_code == status
+        found = grown(client, before, "fragile")
+        assert found.pop("fail ns") > 0
+        found.pop("last_inference", None)
+        batch = {"inference_count": computed, "execution_count": 1} if computed else {}  # what the engine was given
+        assert found == {"fail count": 1} | batch
+
+
+def test_of_predict_s_pictures_one_answer_is_a_success(client: TestClient) -> None:
+    before = counted(client)
+    images = [("file", ("a.png", grey(1))), ("file", ("b.png", b"no picture"))]
+    assert client.post("/predict", files=images).status_code == 200
+    found = {name: count for name, count in grown(client, before).items() if name.endswith("count")}
+    assert found == {"inference_count": 1, "execution_count": 1} | {f"{name} count": 1 for name in STAGES}
+    before = counted(client)
+    assert client.post("/predict", files=images[1:]).status_code == 400
+    assert grown(client, before).keys() == {"fail count", "fail ns"}
+
+
+@pytest.mark.parametrize("name", ["a wrong shape", "another type", "an unknown input", "an unknown output", "no data"])
+def test_a_tensor_that_is_refused_is_neither_success_nor_failure(client: TestClient, name: str) -> None:
+    """As with Triton, whose statistics begin with the queue."""
+    before = counted(client)
+    assert client.post(INFER, json=WRONG[name][0]).status_code == 400
+    assert grown(client, before) == {}
+
+
+def test_an_answer_from_the_cache_is_a_success_that_was_not_computed(settings: Settings) -> None:
+    body, headers = asking(3, 5)
+    with application(settings, cache_mb=1) as client:
+        assert client.get("/v2/models/greys/config").json()["response_cache"] == {"enable": True}
+        client.post(INFER, content=body, headers=headers)
+        before = counted(client)
+        assert client.post(INFER, content=body, headers=headers).status_code == 200
+        found = {name: count for name, count in grown(client, before).items() if name.endswith("count")}
+        assert found == {"success count": 1, "queue count": 1, "cache_hit count": 2}
 
 
 # --- the repository ---
@@ -533,9 +849,7 @@ def test_a_model_that_is_unloaded_answers_nobody_until_it_is_loaded(settings: Se
         error = "model greys is unloaded; let it answer again: POST /v2/repository/models/greys/load"
         for path in (INFER, "/v2/models/greys/versions/1/infer"):
             refused(client.post(path, content=body, headers=headers), 404, error)
-        assert client.post("/predict", content=grey(1), headers={"Content-Type": "image/png"}).json()["code"] == (
-            "model_unloaded"
-        )
+        assert client.post("/predict", content=grey(1), headers=PNG).json()["code"] == ("model_unloaded")
         ready = client.get("/v2/models/greys/ready")
         assert (ready.status_code, ready.json()) == (503, {"name": "greys", "ready": False, "error": error})
         assert client.get("/v2/health/ready").status_code == 503

@@ -1,4 +1,5 @@
 import asyncio
+import base64
 import json
 import re
 import sys
@@ -47,11 +48,24 @@ def test_a_request_id_is_made_unless_a_decent_one_is_offered(client: TestClient)
         assert (response.headers["x-request-id"] == offered) is taken
 
 
-def test_one_line_tells_of_each_request(capsys: pytest.CaptureFixture[str], settings: Settings) -> None:
+INFER, OLDER = "/v2/models/greys/infer", "/v1/models/greys:predict"
+ONE_PICTURE = {  # by path: a body and its headers
+    "/predict": (grey(3), PNG),
+    INFER: (grey(3), {"Inference-Header-Content-Length": "0"}),
+    OLDER: (json.dumps({"instances": [{"b64": base64.b64encode(grey(3)).decode()}]}).encode(), {}),
+}
+
+
+@pytest.mark.parametrize("path", ONE_PICTURE)
+def test_one_line_tells_of_each_request_and_its_reply_of_timings_and_weights(
+    capsys: pytest.CaptureFixture[str], settings: Settings, path: str
+) -> None:
+    content, headers = ONE_PICTURE[path]
     with TestClient(create_app(settings)) as client:
-        client.post("/predict", content=grey(3), headers=PNG | {"X-Request-ID": "r-1"})
-    (line,) = requests(capsys)
-    assert re.fullmatch(r"decode;dur=[0-9.]+, queue;dur=[0-9.]+, infer;dur=[0-9.]+", line.pop("timing"))
+        reply = client.post(path, content=content, headers=headers | {"X-Request-ID": "r-1"})
+        manifest = client.get("/models/greys/versions/1").json()["manifest"]
+    line, _ = requests(capsys)
+    assert re.fullmatch(r"decode;dur=\d+\.\d\d, queue;dur=\d+\.\d\d, infer;dur=\d+\.\d\d", line["timing"])
     assert line.pop("ms") > 0
     assert datetime.now() - datetime.strptime(line.pop("at"), "%Y-%m-%d %H:%M:%S,%f") < timedelta(minutes=1)
     assert line == {
@@ -60,12 +74,14 @@ def test_one_line_tells_of_each_request(capsys: pytest.CaptureFixture[str], sett
         "event": "request",
         "request_id": "r-1",
         "method": "POST",
-        "path": "/predict",
+        "path": path,
         "status": 200,
         "model": "greys",
         "version": "1",
         "images": 1,
+        "timing": reply.headers["server-timing"],
     }
+    assert reply.headers["x-weights-sha256"] == manifest["files"]["checkpoint.safetensors"]["sha256"]
 
 
 def test_what_machines_ask_every_few_seconds_is_told_at_debug_only(
@@ -183,7 +199,7 @@ def test_a_refusal_for_want_of_room_is_logged_with_its_model_and_all_are_counted
     assert counted() - before == 3
 
 
-@pytest.mark.parametrize("path", ["/predict", "/v2/models/greys/infer"])
+@pytest.mark.parametrize("path", ONE_PICTURE)
 def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings, path: str) -> None:
     sent: list[Message] = []
 
@@ -203,8 +219,11 @@ def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings
     assert sent[0]["status"] == 429
     assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
     said = json.loads(sent[1]["body"])
+    if path == OLDER:
+        said = said["error"]
     assert said["code"] == "queue_full"
-    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in (said.get("detail") or said["error"])
+    told = said[{"/predict": "detail", INFER: "error", OLDER: "message"}[path]]
+    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in told
 
 
 def test_what_nobody_caught_is_a_plain_500_without_a_trace(

@@ -17,6 +17,7 @@ from openai import OpenAI
 from PIL import Image
 
 from service.api import openai_objects
+from service.jobs.history import parse
 from service.jobs.job import FOLLOWING, Job
 from service.jobs.store import JobStore, open_store
 from service.settings import Settings
@@ -120,6 +121,13 @@ def test_a_form_that_makes_no_sense(
 def test_a_file_of_another_name_is_refused(client: TestClient) -> None:
     reply = client.post("/v1/files", files={"picture": b"PK"}, data={"purpose": "fine-tune"})
     message = "the multipart body can't be read: its only file may be the archive, as a part named `file`"
+    assert (reply.status_code, reply.json()) == (400, error(message, "malformed_body"))
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "application/json"}])
+def test_what_is_no_form_is_refused(client: TestClient, headers: dict[str, str]) -> None:
+    reply = client.post("/v1/files", content=b"PK", headers=headers)
+    message = "the multipart body can't be read: its content type names no boundary"
     assert (reply.status_code, reply.json()) == (400, error(message, "malformed_body"))
 
 
@@ -360,6 +368,44 @@ def test_events_are_sentences_and_figures_newest_first(sdk: OpenAI, told: Job) -
     ]
 
 
+def test_events_come_page_by_page_and_what_is_not_understood_is_on_none(client: TestClient, told: Job) -> None:
+    path, lines = f"/v1/fine_tuning/jobs/{theirs(told)}/events", []
+    page = client.get(f"{path}?limit=4").json()
+    while page["data"]:
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+        lines.append([int(event["id"].rpartition("-")[2]) for event in page["data"]])
+        assert page["has_more"] == (lines[-1][-1] > 1)
+        page = client.get(f"{path}?limit=4&after={page['last_id']}").json()
+    assert lines == [[14, 13, 12, 11], [10, 9, 8, 7], [6, 4, 3, 2], [1]]
+    assert page == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+@pytest.mark.parametrize("line", ["0", "5", "15", "99999999999999999999", "x"])
+def test_a_page_behind_no_event_of_the_list(client: TestClient, told: Job, line: str) -> None:
+    after = f"ftevent-{told.id.removeprefix('job-')}-{line}"
+    for wrong in (after, f"ftevent-{24 * '0'}-3"):
+        reply = client.get(f"/v1/fine_tuning/jobs/{theirs(told)}/events?after={wrong}")
+        message = "body.after: nothing in the list has this id"
+        assert (reply.status_code, reply.json()) == (422, error(message, "invalid_parameter", "after"))
+
+
+@pytest.mark.parametrize("what", ["events", "checkpoints"])
+def test_a_long_history_keeps_no_other_request_waiting(
+    client: TestClient, settings: Settings, told: Job, what: str
+) -> None:
+    """The event loop's thread does hardly any of the work, however fast or busy the machine is."""
+    path = settings.state / "jobs" / told.id / "events.jsonl"
+    content = "".join(json.dumps(LINES[3]) + "\n" for _ in range(40_000))
+    path.write_text(content)
+    begun = time.thread_time()
+    parse(content.encode().splitlines())
+    all_of_it = time.thread_time() - begun
+    assert client.portal is not None
+    begun = client.portal.call(time.thread_time)
+    assert client.get(f"/v1/fine_tuning/jobs/{theirs(told)}/{what}").status_code == 200
+    assert client.portal.call(time.thread_time) - begun < all_of_it / 4
+
+
 def test_checkpoints_are_the_versions_that_can_be_asked(sdk: OpenAI, told: Job) -> None:
     (found,) = sdk.fine_tuning.jobs.checkpoints.list(theirs(told))
     assert found.model_dump(exclude_unset=True) == {
@@ -418,21 +464,6 @@ def test_the_sdk_raises_what_it_raises_for_openai(sdk: OpenAI, jobs: JobStore) -
         ),
         (
             "GET",
-            "/v1/fine_tuning/jobs/job-0",
-            404,
-            error("there is no job 'job-0'; GET /v1/fine_tuning/jobs lists those that there are", "job_not_found"),
-        ),
-        (
-            "GET",
-            "/v1/fine_tuning/jobs/ftjob-000000000000000000000000/events",
-            404,
-            error(
-                "there is no job 'ftjob-000000000000000000000000'; GET /train lists those that there are",
-                "job_not_found",
-            ),
-        ),
-        (
-            "GET",
             "/v1/fine_tuning/jobs?limit=0",
             422,
             error("query.limit: Input should be greater than or equal to 1", "invalid_parameter", "limit"),
@@ -459,3 +490,27 @@ def test_errors_have_openais_shape_everywhere(
     reply = client.request(method, path)
     assert (reply.status_code, reply.json()) == (status, body)
     assert reply.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("job", ["job-0", f"ftjob-{24 * '0'}"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/{}"),
+        ("GET", "/{}/events"),
+        ("GET", "/{}/checkpoints"),
+        ("POST", "/{}/cancel"),
+        ("POST", "/{}/pause"),
+        ("POST", "/{}/resume"),
+    ],
+)
+def test_a_job_that_does_not_exist(client: TestClient, method: str, path: str, job: str) -> None:
+    reply = client.request(method, "/v1/fine_tuning/jobs" + path.format(job))
+    message = f"there is no job '{job}'; GET /v1/fine_tuning/jobs lists those that there are"
+    assert (reply.status_code, reply.json()) == (404, error(message, "job_not_found"))
+
+
+def test_jobs_behind_one_that_can_not_be(client: TestClient) -> None:
+    reply = client.get("/v1/fine_tuning/jobs?after=job-0")
+    message = "there is no job 'job-0'; GET /v1/fine_tuning/jobs lists those that there are"
+    assert (reply.status_code, reply.json()) == (404, error(message, "job_not_found"))

@@ -2,6 +2,7 @@ import base64
 import io
 import re
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -570,10 +571,10 @@ def test_a_deadline_that_passes_while_a_version_is_loaded_names_the_load(setting
 
 
 def test_a_deadline_that_passes_at_the_engine_names_it(settings: Settings) -> None:
-    make_bundle(settings.artifacts, module=Slow())
+    make_bundle(settings.artifacts, module=Slow(rounds=100))
     with application(settings, max_batch=1) as client:
-        slow = files(*[grey(1)] * 200)
-        response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "100"})
+        slow = files(*[grey(1)] * 200)  # decoded and begun with within a second, but not done
+        response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "1000"})
         assert problem(response) == {
             "title": "Not answered in time",
             "status": 504,
@@ -583,14 +584,36 @@ def test_a_deadline_that_passes_at_the_engine_names_it(settings: Settings) -> No
         }
 
 
+@contextmanager
+def engines_at_rest(client: TestClient) -> Iterator[None]:
+    """Nothing is computed: what is asked waits."""
+    engines = client.app_state["registry"]._engines
+    at_rest, go_on = threading.Event(), threading.Event()
+
+    def rest() -> bool:
+        at_rest.set()
+        assert go_on.wait(60)
+        return False
+
+    engines.join(rest)
+    engines.wake()
+    assert at_rest.wait(10)
+    try:
+        yield
+    finally:
+        engines.leave(rest)
+        go_on.set()
+
+
 def test_who_can_not_be_answered_by_the_deadline_is_told_so_at_once_and_when_to_come_back(settings: Settings) -> None:
     make_bundle(settings.artifacts, module=Slow())
-    with application(settings, max_batch=1, queue_size=512) as client, ThreadPoolExecutor(2) as pool:
-        before = [pool.submit(client.post, "/predict", files=files(*[grey(1)] * 200)) for _ in range(2)]
-        while 'safelight_pending_images{model="greys",version="2"} 400.0' not in client.get("/metrics").text:
-            assert not any(one.done() for one in before)
-            time.sleep(0.02)
-        response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "100"})
+    patient = {"queue_size": 512, "deadline_seconds": 60.0}
+    with application(settings, max_batch=1, **patient) as client, ThreadPoolExecutor(2) as pool:
+        with engines_at_rest(client):
+            before = [pool.submit(client.post, "/predict", files=files(*[grey(1)] * 200)) for _ in range(2)]
+            while 'safelight_pending_images{model="greys",version="2"} 400.0' not in client.get("/metrics").text:
+                assert not any(one.done() for one in before)
+            response = client.post("/predict", content=grey(5), headers=PNG | {"X-Deadline-Ms": "100"})
         assert [one.result().status_code for one in before] == [200, 200]
         found = problem(response)
         assert re.fullmatch(

@@ -4,6 +4,7 @@ import service.errors
 from service.api import problems
 from training import SafelightError
 from training.bundle import images, store
+from training.bundle.classes import NameTaken
 from training.bundle.tuning import TuningInvalid
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -15,7 +16,7 @@ def descendants(kind: type[SafelightError]) -> set[type[SafelightError]]:
 
 def test_every_error_that_a_request_can_meet_has_a_status() -> None:
     raised = descendants(service.errors.ServiceError) | descendants(images.ImageRejected)
-    raised |= {store.NameInvalid, store.ArtifactsUnwritable, TuningInvalid}
+    raised |= {store.NameInvalid, store.ArtifactsUnwritable, NameTaken, TuningInvalid}
     abstract = {service.errors.ServiceError, images.ImageRejected}
     assert set(problems.PROBLEMS) == raised - abstract
 

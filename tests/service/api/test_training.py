@@ -1,27 +1,37 @@
 """The routes of fine-tuning, on a service that only queues: what jobs do is `tests/service/jobs` and `tests/e2e`."""
 
+import asyncio
 import io
 import json
+import os
 import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from PIL import Image
 
+from service.api import orders, server_sent
 from service.api.orders import Asked
 from service.api.schemas import TrainRequest
 from service.app import create_app
+from service.jobs.history import Tail
+from service.jobs.job import Order
 from service.jobs.store import JobStore, open_store
+from service.lifecycle import Lifecycle
 from service.settings import Settings
+from tests.service.api.leaving import leave
 from tests.service.jobs.conftest import order
 from tests.tiny import encode, make_bundle
+from training.bundle.store import hold_back
 
 SHADES = {"model": "greys", "dataset": {"builtin": "mnist", "limit": 100}, "name": "shades"}
 
@@ -97,10 +107,6 @@ def test_everything_can_be_said(client: TestClient, settings: Settings) -> None:
     assert {name: job[name] for name in asked} == asked
 
 
-def test_a_result_without_a_name_is_a_version_of_its_base(client: TestClient) -> None:
-    assert started(client, name=None)["name"] == "greys"
-
-
 @pytest.mark.parametrize(
     ("change", "status", "code", "detail"),
     [
@@ -128,6 +134,21 @@ def test_what_does_not_exist_is_refused(
     body = problem(reply.json())
     assert (reply.status_code, body["code"], body["detail"]) == (status, code, detail)
     assert client.get("/train").json()["jobs"] == []
+
+
+def test_an_unknown_base_model(client: TestClient) -> None:
+    for reply in (
+        client.post("/train", json=SHADES | {"model": "none"}),
+        sent(client, archive("dark", "light"), model="none", name="pets"),
+    ):
+        assert problem(reply.json()) == {
+            "title": "No such model",
+            "status": 404,
+            "detail": "there is no model 'none'; there is greys",
+            "code": "model_not_found",
+        }
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert client.get("/datasets").json() == {"datasets": []}
 
 
 def test_a_recipe_override_that_does_not_exist(client: TestClient) -> None:
@@ -169,6 +190,21 @@ def test_a_body_that_makes_no_sense_is_named(client: TestClient, content: str, p
     reply = client.post("/train", content=content, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["code"]) == (422, "invalid_parameter")
     assert parameter in {error["parameter"] for error in reply.json()["errors"]}
+
+
+def test_more_json_than_an_order_takes_is_refused_while_it_comes_in(client: TestClient) -> None:
+    for content in (json.dumps(SHADES | {"model": "x" * 70_000}), iter([b" " * 10_000] * 7)):
+        reply = client.post("/train", content=content, headers={"Content-Type": "application/json"})
+        assert (reply.status_code, reply.headers["connection"]) == (413, "close")
+        assert problem(reply.json()) == {
+            "title": "The request body is too large",
+            "status": 413,
+            "detail": "the JSON has more than 65536 bytes; the limit is 65536: "
+            "pictures come as the file `dataset` of a form",
+            "code": "body_too_large",
+            "limit": 65_536,
+        }
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
 
 
 def test_another_content_type_is_refused(client: TestClient) -> None:
@@ -242,6 +278,16 @@ def sent(client: TestClient, content: bytes, key: str = "", **parts: str) -> Res
     return client.post("/train", files={"dataset": ("pets.zip", content)}, data=parts, headers=headers)
 
 
+FORM = {"Content-Type": "multipart/form-data; boundary=xyz"}
+
+
+def form(content: bytes, **fields: str) -> bytes:
+    """The same as bytes."""
+    parts = [b'name="%s"\r\n\r\n%s' % (name.encode(), value.encode()) for name, value in fields.items()]
+    parts.append(b'name="dataset"; filename="pets.zip"\r\n\r\n' + content)
+    return b"".join(b"--xyz\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts) + b"--xyz--\r\n"
+
+
 def test_the_archive_may_come_with_the_request(client: TestClient) -> None:
     recipe = json.dumps({"depth": "head"})
     reply = sent(client, archive("dark", "light"), model="greys", name="pets", seed="7", promote="never", recipe=recipe)
@@ -299,8 +345,34 @@ def test_a_name_that_stands_for_other_classes_is_taken(client: TestClient) -> No
     assert client.get("/train").json()["jobs"] == []
 
 
-def test_some_of_the_classes_of_a_model_make_a_version_of_it(client: TestClient) -> None:
-    assert sent(client, archive("GREY-1", "grey-2"), model="greys").status_code == 202
+def test_a_result_without_a_name_is_a_version_of_its_base_whose_classes_it_may_have_in_any_case(
+    client: TestClient,
+) -> None:
+    reply = sent(client, archive("GREY-1", "grey-2"), model="greys")
+    assert (reply.status_code, reply.json()["name"]) == (202, "greys")
+
+
+def test_a_built_in_set_has_classes_too(client: TestClient) -> None:
+    assert problem(client.post("/train", json=SHADES | {"name": "greys"}).json()) == {
+        "title": "The name is that of a model with other classes",
+        "status": 409,
+        "detail": "model greys has the classes grey-0, grey-1, grey-2, grey-3, grey-4, grey-5, grey-6, grey-7, grey-8, "
+        "grey-9 and 6 more; the new version would have 0, 1, 2, 3, 4, 5, 6, 7, 8, 9: give it another `name`",
+        "code": "name_taken",
+    }
+
+
+def test_a_name_that_is_held_back_stands_for_its_classes_too(client: TestClient, settings: Settings) -> None:
+    make_bundle(settings.artifacts, "pets", classes=("dark", "light"), activate=False)
+    hold_back(settings.artifacts, "pets")
+    assert problem(sent(client, archive("high", "low"), model="greys", name="pets").json()) == {
+        "title": "The name is that of a model with other classes",
+        "status": 409,
+        "detail": "model pets has the classes dark, light; the new version would have high, low: "
+        "give it another `name`",
+        "code": "name_taken",
+    }
+    assert sent(client, archive("Light", "DARK"), model="greys", name="pets").status_code == 202
 
 
 def test_what_is_wrong_with_the_rest_is_said_before_the_archive_is_looked_at(client: TestClient) -> None:
@@ -334,6 +406,85 @@ def test_a_form_with_two_files_is_refused(client: TestClient) -> None:
     }
 
 
+def test_a_data_set_that_is_deleted_just_before_its_job_is_made(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = client.post("/datasets", files={"dataset": ("pets.zip", archive("dark", "light"))}).json()["id"]
+    settle = orders.settle
+
+    async def settle_and_wait(*arguments: Any) -> Order:
+        order = await settle(*arguments)
+        await asyncio.to_thread(lambda: client.delete(f"/datasets/{dataset}").raise_for_status())
+        return order
+
+    monkeypatch.setattr(orders, "settle", settle_and_wait)
+    asked = SHADES | {"dataset": dataset}
+    for reply in (
+        client.post("/train", json=asked, headers={"Idempotency-Key": "k"}),
+        sent(client, archive("dark", "light"), "k", model="greys", name="pets"),
+    ):
+        assert problem(reply.json()) == {
+            "title": "No such data set",
+            "status": 404,
+            "detail": f"data set {dataset} was deleted in this moment; send its pictures again if you need it",
+            "code": "dataset_not_found",
+        }
+    monkeypatch.undo()
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert sent(client, archive("dark", "light"), "k", model="greys", name="pets").status_code == 202
+
+
+def test_the_same_archive_comes_again_and_again_while_its_data_set_is_being_deleted(client: TestClient) -> None:
+    content = archive("dark", "light")
+    dataset = client.post("/datasets", files={"dataset": ("pets.zip", content)}).json()["id"]
+    gone = f"data set {dataset} was deleted in this moment; send its pictures again if you need it"
+    none = f"there is no data set '{dataset}'; GET /datasets lists those that there are"
+    used = f"data set {dataset} is used by a job; wait for it, or cancel it first"
+    missing = {"title": "No such data set", "status": 404, "code": "dataset_not_found"}
+    in_use = {"title": "A job uses the data set", "status": 409, "code": "dataset_in_use"}
+
+    def train(_: int) -> bool:
+        """A job that was accepted has its data set for as long as it isn't over."""
+        reply = sent(client, content, model="greys", name="pets")
+        if reply.status_code != 202:
+            assert problem(reply.json()) == missing | {"detail": gone}
+            return False
+        job = reply.json()
+        fixed = {"model": "greys", "version": "1", "name": "pets", "dataset": dataset, "status": "queued"}
+        assert {name: job[name] for name in fixed} == fixed
+        assert client.get(f"/datasets/{dataset}").status_code == 200
+        assert client.post(f"/train/{job['id']}/cancel").json()["status"] == "cancelled"
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(train, number) for number in range(8)]
+        deletions = []
+        while not all(one.done() for one in asked):
+            deletions.append(client.delete(f"/datasets/{dataset}"))
+    accepted = sum(one.result() for one in asked)
+    assert len(client.get("/train?limit=100").json()["jobs"]) == accepted
+    for reply in deletions:
+        if reply.status_code != 204:
+            assert problem(reply.json()) in (
+                missing | {"detail": none},
+                missing | {"detail": gone},
+                in_use | {"detail": used},
+            )
+    assert 204 in {reply.status_code for reply in deletions}
+
+
+def test_a_client_that_leaves_while_its_archive_is_checked_starts_no_job(
+    client: TestClient, settings: Settings
+) -> None:
+    body = form(archive("dark", "light", count=1000), model="greys", name="pets")
+    status = leave(client, "/train", FORM | {"Idempotency-Key": "k"}, body)
+    assert status == 499
+    assert client.get("/train").json() == {"jobs": [], "has_more": False}
+    assert client.get("/datasets").json() == {"datasets": []}
+    assert os.listdir(settings.state / "datasets") == [".lock"]
+    assert sent(client, archive("dark", "light"), "k", model="greys", name="pets").status_code == 202
+
+
 # --- the same request again ---
 
 
@@ -363,7 +514,7 @@ def test_another_request_with_the_same_key_is_refused(client: TestClient) -> Non
 def test_a_key_whose_request_is_still_being_answered(client: TestClient, jobs: JobStore) -> None:
     headers = {"Idempotency-Key": "k"}
     asked = TrainRequest.model_validate(SHADES)
-    jobs.claim("k", Asked(asked, asked.dataset).fingerprint())
+    jobs.claim("k", Asked(asked, asked.dataset).fingerprint(), timedelta(hours=1))
     reply = client.post("/train", json=SHADES, headers=headers)
     assert reply.headers["retry-after"] == "5"
     assert problem(reply.json()) == {
@@ -372,6 +523,25 @@ def test_a_key_whose_request_is_still_being_answered(client: TestClient, jobs: J
         "detail": "the first request with this Idempotency-Key is still being answered; ask again in a moment",
         "code": "idempotency_key_in_use",
     }
+
+
+@pytest.mark.parametrize(("minutes", "status"), [(19, 409), (25, 202)])
+def test_a_key_is_its_requests_own_for_as_long_as_archives_may_be_checked(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, minutes: int, status: int
+) -> None:
+    checks = {"dataset_uploads": 3, "dataset_checks": 2, "dataset_seconds": 600.0}  # two rounds of ten minutes
+    asked = TrainRequest.model_validate(SHADES)
+    fingerprint = Asked(asked, asked.dataset).fingerprint()
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(minutes=minutes)
+
+    with TestClient(create_app(settings.model_copy(update=checks))) as client:
+        client.app_state["jobs"].claim("k", fingerprint, timedelta(hours=1))
+        monkeypatch.setattr("service.jobs.store.datetime", Later)
+        assert client.post("/train", json=SHADES, headers={"Idempotency-Key": "k"}).status_code == status
 
 
 def test_a_refused_request_does_not_use_up_its_key(client: TestClient) -> None:
@@ -470,6 +640,18 @@ def test_resuming_a_job_that_is_not_paused(client: TestClient) -> None:
     }
 
 
+def test_resuming_a_job_that_runs(client: TestClient, jobs: JobStore) -> None:
+    job = jobs.move(jobs.move(jobs.get(started(client)["id"]), "validating"), "running")
+    assert problem(client.post(f"/train/{job.id}/resume").json()) == {
+        "title": "Not possible in the state that the job is in",
+        "status": 409,
+        "detail": f"{job.id} is running; only a paused job can be resumed",
+        "code": "job_state_conflict",
+        "job_status": "running",
+    }
+    assert client.get(f"/train/{job.id}").json() == job.model_dump(mode="json")
+
+
 # --- what its run has told ---
 
 
@@ -520,6 +702,17 @@ def test_events_that_have_not_come_yet(client: TestClient) -> None:
     }
 
 
+def test_a_job_that_is_over_without_a_learning_curve_will_get_none(client: TestClient, jobs: JobStore) -> None:
+    running = jobs.move(jobs.move(jobs.get(started(client)["id"]), "validating"), "running")
+    job = jobs.move(running, "succeeded", result={"model": "shades", "version": "1"}).id
+    assert problem(client.get(f"/train/{job}/curve.png").json()) == {
+        "title": "The job has no such file here",
+        "status": 404,
+        "detail": f"{job} is succeeded and has no learning curve: only training beyond a head draws one",
+        "code": "job_file_not_found",
+    }
+
+
 STREAM = {"Accept": "text/event-stream"}
 
 
@@ -533,6 +726,27 @@ def test_events_come_as_a_stream_that_ends_with_the_job(client: TestClient, told
     name, data = end.split("\n")
     assert (name, rest) == ("event: end", "")
     assert json.loads(data.removeprefix("data: ")) == client.get(f"/train/{told}").json()
+
+
+def test_a_long_stream_lets_others_have_their_turn(jobs: JobStore, tmp_path: Path) -> None:
+    path, turns = tmp_path / "events.jsonl", [0]
+    path.write_text((json.dumps(EVENTS[1]) + "\n") * 1000)
+    job = jobs.move(jobs.create(order(), queue_size=1), "cancelled")
+
+    async def others() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async def main() -> list[int]:
+        beside = asyncio.create_task(others())
+        had = [turns[0] async for _ in server_sent.stream(jobs, job.id, Tail(path), Lifecycle())]
+        beside.cancel()
+        return had
+
+    had = asyncio.run(main())
+    assert len(had) == 1000 + len(["end"])
+    assert max(map(had.count, had)) <= server_sent.PORTION
 
 
 def test_a_stream_that_was_read_to_its_end_is_not_begun_again(client: TestClient, told: str) -> None:

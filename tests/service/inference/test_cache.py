@@ -1,6 +1,8 @@
 """Answers that are kept, and to whom they may be given again."""
 
 import asyncio
+import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -118,6 +120,44 @@ def test_no_answer_of_another_version_is_given_even_with_the_same_weights(artifa
     run(artifacts, test, cache_bytes=CACHE)
 
 
+def test_no_answer_of_another_engine_is_given(artifacts: Path) -> None:
+    """As after an unload and a load, which times the engines anew and may choose another."""
+
+    async def test(registry: Registry) -> None:
+        first = await registry.predictor(registry.entry(None, None))
+        in_int8 = [replace(timing, name="openvino int8") for timing in first.engine.timings]
+        others = [
+            replace(first.engine, chosen="openvino int8", timings=in_int8),
+            replace(first.engine, device="cuda:1"),
+            first.engine,
+        ]
+        predictors = [first, *(registry._new_predictor(BundleRef("greys", "1"), engine) for engine in others)]
+        before = computed()
+        found = [(await rows(predictor, grey(3)))[0] for predictor in predictors]
+        assert computed() - before == 3  # the last one is the first one again
+        assert {best(row) for row in found} == {"grey-3"}
+        for predictor in predictors[1:]:
+            await predictor.close()
+
+    run(artifacts, test, cache_bytes=CACHE)
+
+
+def test_much_is_not_hashed_on_the_event_loop(artifacts: Path) -> None:
+    large = bytes(20_000_000)
+
+    async def test(registry: Registry) -> None:
+        predictor = await registry.predictor(registry.entry(None, None))
+        begun = time.thread_time()
+        key_of(b"digest", large)
+        hashing = time.thread_time() - begun
+        begun = time.thread_time()
+        (outcome,) = await rows(predictor, large)
+        assert time.thread_time() - begun < hashing / 3
+        assert isinstance(outcome, NotAnImage)
+
+    run(artifacts, test, cache_bytes=CACHE)
+
+
 def test_without_a_size_nothing_is_kept(artifacts: Path) -> None:
     async def test(registry: Registry) -> None:
         predictor = await registry.predictor(registry.entry(None, None))
@@ -187,7 +227,7 @@ MANIFEST = _manifest()
 
 
 def test_keys_differ_by_manifest_by_picture_and_by_form() -> None:
-    digest = digest_of(MANIFEST)
+    digest = digest_of(MANIFEST, "torchscript float32")
     keys = {
         key_of(digest, grey(1)),
         key_of(digest, grey(2)),

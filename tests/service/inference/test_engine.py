@@ -66,7 +66,15 @@ def test_every_way_that_was_timed_is_in_the_table_and_the_cheapest_good_one_is_c
     assert {timing.name for timing in loaded.timings} >= {"torchscript float32"}
     assert loaded.chosen == min(good, key=lambda timing: timing.cost).name
     assert all(set(timing.milliseconds) == {1, 8, 32} for timing in loaded.timings)
-    assert loaded.seconds_per_image > 0
+
+
+@pytest.mark.parametrize(("max_batch", "seconds"), [(1, 0.004), (7, 0.004), (8, 0.001), (31, 0.001), (64, 0.0005)])
+def test_the_rate_to_start_from_is_that_of_the_largest_batch_that_may_be(
+    tmp_path: Path, max_batch: int, seconds: float
+) -> None:
+    loaded = load(tmp_path, make_bundle(tmp_path))
+    timing = engine.Timing(loaded.chosen, {1: 4.0, 8: 8.0, 32: 16.0}, 0, 0.0, None)
+    assert replace(loaded, timings=[timing]).seconds_per_image(max_batch) == seconds
 
 
 def test_a_way_that_disagrees_with_float32_is_timed_but_not_chosen(tmp_path: Path) -> None:
@@ -215,6 +223,7 @@ def test_a_way_that_fails_to_start_is_passed_over(tmp_path: Path) -> None:
 
 DROPPED_ELSEWHERE = """
 import gc, os, signal, sys, threading
+from dataclasses import replace
 from pathlib import Path
 import torch
 from service.inference import engine

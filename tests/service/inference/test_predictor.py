@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import REGISTRY
 
-from service.errors import DeadlineExceeded, InferenceFailed
+from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
 from service.inference.predictor import MOST_AT_ONCE, Predictor, ranked
-from tests.registries import run_predictor
-from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle
+from tests.registries import LIMITS, run_predictor
+from tests.tiny import POISON, SPEC, Fragile, encode, grey, make_bundle, reseal
 from training.bundle.images import NotAnImage, decode
 
 
@@ -76,6 +76,49 @@ def test_pictures_decoded_at_once_and_in_threads_get_the_same_answers(artifacts:
             answered = await predictor.predict(pictures, 1, in_seconds(60))
             assert {outcome.best.label for outcome in answered.outcomes} == {"grey-5"}  # type: ignore[union-attr]
             assert len(answered.outcomes) == len(pictures)
+
+    run_predictor(artifacts, test)
+
+
+def test_digits_that_must_be_fitted_are_not_decoded_on_the_event_loop(artifacts: Path) -> None:
+    """They are as small as MNIST's own, but take fifty times as long."""
+    spec = SPEC.model_copy(update={"fit": "digit"})
+    reseal(artifacts / "greys" / "1", input=spec)
+    on_grey = np.full((8, 8), 128, np.uint8)
+    on_grey[2:6, 3:5] = 10
+    pictures = [encode(Image.fromarray(on_grey))] * MOST_AT_ONCE
+    decode(pictures[0], spec)  # it imports SciPy
+
+    async def test(predictor: Predictor) -> None:
+        begun = time.thread_time()
+        for picture in pictures:
+            decode(picture, spec)
+        decoding = time.thread_time() - begun
+        begun = time.thread_time()
+        outcomes = (await predictor.compute(pictures, in_seconds(60))).outcomes
+        assert time.thread_time() - begun < decoding / 3
+        assert all(isinstance(outcome, tuple) for outcome in outcomes)
+
+    run_predictor(artifacts, test)
+
+
+def failures() -> float:
+    names = {"model": "greys", "version": "1"}
+    return REGISTRY.get_sample_value("safelight_failed_seconds_count", names) or 0
+
+
+def test_a_client_that_leaves_is_a_failure_and_a_full_queue_is_none(artifacts: Path) -> None:
+    async def test(predictor: Predictor) -> None:
+        before = failures()
+        with predictor._batcher.admit(LIMITS["queue_size"], in_seconds(10)), pytest.raises(QueueFull):
+            await predictor.compute([grey(1)], in_seconds(10))
+        assert failures() == before
+        leaving = asyncio.create_task(predictor.compute([heavy()], in_seconds(60)))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert failures() == before + 1
 
     run_predictor(artifacts, test)
 

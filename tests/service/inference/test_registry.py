@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from service.errors import (
+    DeadlineExceeded,
     ModelNotFound,
     NothingActive,
     NotReady,
@@ -475,6 +476,100 @@ def test_a_model_that_is_being_verified_says_so(artifacts: Path) -> None:
             registry.entry("pets", None)
         await scan
         assert await ask(registry, 2, "pets") == "grey-2 by pets@1"
+
+    run(artifacts, test)
+
+
+# --- what another worker's job has published since the last scan ---
+
+
+async def looked(registry: Registry) -> None:
+    """The registry has had its first look, which comes by itself; the next would come in a quarter of an hour."""
+    for _ in range(2):  # looks come one after the other: the second is behind it
+        await registry.follow()
+
+
+def test_a_new_model_and_a_new_version_are_found_as_soon_as_they_are_asked_for(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        await looked(registry)
+        make_bundle(artifacts, "pets")
+        entry = await registry.asked("pets", None)
+        assert (str(entry.ref), entry.state) == ("pets@1", "loaded")
+        make_bundle(artifacts, activate=False)
+        assert str((await registry.asked("greys", "2")).ref) == "greys@2"
+        make_bundle(artifacts, activate=False)
+        await registry.activate("greys", "3")
+        assert await ask(registry, 4) == "grey-4 by greys@3"
+
+    run(artifacts, test)
+
+
+def test_a_model_that_was_seen_before_its_gate_had_decided_answers_once_that_has(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        await looked(registry)
+        store.hold_back(artifacts, "pets")
+        ref = make_bundle(artifacts, "pets", activate=False)
+        await registry.scan()
+        with pytest.raises(NothingActive):
+            await registry.asked("pets", None)
+        store.activate(artifacts, ref)
+        assert (await registry.asked("pets", None)).ref == ref
+
+    run(artifacts, test)
+
+
+def test_a_model_that_is_just_being_loaded_is_waited_for(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        await looked(registry)
+        make_bundle(artifacts, "pets")
+        scan = asyncio.create_task(registry.scan())
+        while "pets" not in registry.lines:
+            await asyncio.sleep(0)
+        assert str((await registry.asked("pets", None)).ref) == "pets@1"
+        await scan
+
+    run(artifacts, test)
+
+
+def test_of_many_that_ask_for_a_new_model_at_once_all_are_answered(
+    artifacts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "safelight")
+
+    async def test(registry: Registry) -> None:
+        await looked(registry)
+        make_bundle(artifacts, "pets")
+        entries = await asyncio.gather(*(registry.asked("pets", None) for _ in range(50)))
+        assert {str(entry.ref) for entry in entries} == {"pets@1"}
+
+    run(artifacts, test)
+    assert events(caplog, "loaded") == [{"model": model, "version": "1"} for model in ("greys", "pets")]
+
+
+def test_names_that_nobody_knows_are_not_worth_a_look_at_the_whole_folder(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        await looked(registry)
+        make_bundle(artifacts, "pets")
+        (artifacts / "empty").mkdir()
+        for name in ("cats", "empty"):
+            with pytest.raises(ModelNotFound, match=f"there is no model '{name}'; there is greys"):
+                await registry.asked(name, None)
+        with pytest.raises(VersionNotFound, match="model greys has no version 2; it has 1"):
+            await registry.asked("greys", "2")
+        with pytest.raises(NameInvalid):
+            await registry.asked("../pets", None)
+        assert list(registry.lines) == ["greys"]
+
+    run(artifacts, test)
+
+
+def test_who_asks_for_a_new_model_waits_for_it_until_the_deadline(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        await looked(registry)
+        make_bundle(artifacts, "pets")
+        with pytest.raises(DeadlineExceeded, match="the deadline passed in the load stage"):
+            await registry.asked("pets", None, asyncio.get_running_loop().time())
+        assert str((await registry.asked("pets", None)).ref) == "pets@1"
 
     run(artifacts, test)
 

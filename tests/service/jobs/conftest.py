@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs.job import Order
+from service.jobs.job import Job, Order
 from service.jobs.store import JobStore
 from tests.databases import new_schema
 
@@ -35,6 +35,17 @@ def open_store(database: str) -> Iterator[Callable[..., JobStore]]:
 @pytest.fixture
 def jobs(open_store: Callable[..., JobStore]) -> JobStore:
     return open_store()
+
+
+class Hesitant(JobStore):
+    """Something comes between its look at a job and what it does next."""
+
+    meanwhile: Callable[[Job], object]
+
+    def get(self, job_id: str) -> Job:
+        job = super().get(job_id)
+        self.meanwhile(job)
+        return job
 
 
 def order(**changes: object) -> Order:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -237,6 +238,57 @@ def test_a_check_that_takes_too_long_is_stopped(new_store: Callable[..., Dataset
         "checking the data set takes more than 0.3 s (SAFELIGHT_DATASET_SECONDS); send fewer or smaller pictures",
         {"stage": "check"},
     )
+
+
+def test_a_data_set_that_a_job_is_about_to_be_made_for_is_deleted_before_or_not_at_all(
+    new_store: Callable[..., DatasetStore],
+) -> None:
+    used: set[str] = set()
+    first, second = new_store(in_use=used.__contains__), new_store(in_use=used.__contains__)
+
+    async def main() -> None:
+        record = await receive(first, chunks(PETS))
+        async with second.open():
+            with first.holding(record.id):
+                deleting = asyncio.create_task(second.delete(record.id))
+                while not waits_for(first.folder / record.id):
+                    await asyncio.sleep(0.01)
+                used.add(record.id)
+            with pytest.raises(DatasetInUse):
+                await deleting
+            used.clear()
+            await second.delete(record.id)
+        with pytest.raises(DatasetNotFound, match=rf"^data set {record.id} was deleted in this moment; send its "):
+            held(first, record.id)
+
+    run(first, main)
+
+
+def test_who_waited_for_a_deletion_gets_the_data_set_that_came_again(store: DatasetStore) -> None:
+    async def main() -> None:
+        record = await receive(store, chunks(PETS))
+        place = store.folder / record.id
+        with store._locked(record.id, fcntl.LOCK_EX):
+            holding = asyncio.create_task(asyncio.to_thread(held, store, record.id))
+            while not waits_for(place):
+                await asyncio.sleep(0.01)
+            place.rename(store.folder / ".deleted-by-hand")
+            again = await receive(store, chunks(PETS))
+        assert await holding == place.stat().st_ino
+        assert again.is_new
+
+    run(store, main)
+
+
+def held(store: DatasetStore, dataset: str) -> int:
+    with store.holding(dataset):
+        return (store.folder / dataset).stat().st_ino
+
+
+def waits_for(place: Path) -> bool:
+    """Whether somebody waits for a lock on it."""
+    waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "-> FLOCK" in line]
+    return any(line.split()[6].endswith(f":{place.stat().st_ino}") for line in waiting)
 
 
 def test_a_check_that_is_killed_is_our_failure_and_not_the_data_s(store: DatasetStore) -> None:

@@ -4,14 +4,14 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from service.errors import (
     DatabaseUnavailable,
@@ -24,9 +24,10 @@ from service.errors import (
 )
 from service.jobs.job import AT_WORK, FOLLOWING, TERMINAL, Builtin, Job, Status
 from service.jobs.store import Due, JobMoved, JobStore
-from tests.service.jobs.conftest import order
+from tests.service.jobs.conftest import Hesitant, order
 
 Open = Callable[..., JobStore]
+MINUTE = timedelta(minutes=1)
 
 
 def create(jobs: JobStore, **changes: object) -> Job:
@@ -194,6 +195,40 @@ def test_a_pause_may_become_a_cancellation_but_not_the_other_way_round(jobs: Job
         jobs.pause(job.id)
 
 
+@pytest.mark.parametrize("status", AT_WORK)
+def test_a_cancellation_is_not_lost_to_a_pause_that_was_about_to_be_noted(jobs: JobStore, status: Status) -> None:
+    job = in_state(jobs, status)
+    seen = jobs.pause(job.id)
+    jobs.cancel(job.id)
+    with pytest.raises(JobMoved):
+        jobs.move(seen, "paused")
+    cancelling = jobs.get(job.id)
+    with pytest.raises(ValueError, match="a job that is being cancelled is never paused"):
+        jobs.move(cancelling, "paused")
+    assert jobs.get(job.id) == cancelling
+    assert (cancelling.status, cancelling.wanted) == (status, "cancel")
+    assert jobs.move(seen, "cancelled").status == "cancelled"
+
+
+def test_a_lost_job_that_is_being_cancelled_can_not_be_paused(jobs: JobStore) -> None:
+    jobs.cancel((job := in_state(jobs, "running")).id)
+    lost = jobs.move(job, "queued")
+    with pytest.raises(JobStateConflict, match=f"{job.id} is being cancelled; {PAUSE}"):
+        jobs.pause(job.id)
+    assert jobs.get(job.id) == lost
+    assert jobs.cancel(job.id).status == "cancelled"
+
+
+@pytest.mark.parametrize(("first", "second"), [("cancel", "pause"), ("pause", "cancel")])
+def test_of_two_that_ask_at_once_the_one_who_cancels_is_heard(database: str, first: str, second: str) -> None:
+    with closing(JobStore(database, "here")) as jobs, closing(Hesitant(database, "here")) as slow:
+        job = in_state(jobs, "running")
+        slow.meanwhile = lambda seen: seen.wanted or getattr(jobs, first)(seen.id)
+        with suppress(JobStateConflict):
+            getattr(slow, second)(job.id)
+        assert jobs.get(job.id).wanted == "cancel"
+
+
 def test_what_was_asked_is_remembered_by_a_job_whose_process_was_lost_and_forgotten_once_done(jobs: JobStore) -> None:
     jobs.pause((job := in_state(jobs, "running")).id)
     lost = jobs.move(jobs.get(job.id), "queued")
@@ -207,28 +242,39 @@ class Life(RuleBasedStateMachine):
 
     jobs: JobStore
     other: JobStore
-    ids = Bundle("ids")
+    pictures = Bundle("pictures")  # of jobs, as they were once seen
 
     def __init__(self) -> None:
         super().__init__()
         self.states: dict[str, Status] = {}
+        self.cancelled: set[str] = set()  # a client was told so
 
-    @rule(target=ids)
-    def create(self) -> str:
+    @initialize(target=pictures)
+    def one_waits(self) -> Job:
         job = create(self.jobs)
         self.states[job.id] = job.status
-        return job.id
+        return job
 
-    @rule(job=ids, ask=strategies.sampled_from(["cancel", "pause", "resume"]))
-    def ask(self, job: str, ask: str) -> None:
+    @initialize(target=pictures)
+    def one_is_at_work(self) -> Job:
+        return self.jobs.move(self.one_waits(), "validating")
+
+    @rule(seen=pictures, ask=strategies.sampled_from(["cancel", "pause", "resume"]))
+    def ask(self, seen: Job, ask: str) -> None:
         with suppress(ServiceError):
-            getattr(self.other, ask)(job)
+            getattr(self.other, ask)(seen.id)
+            if ask == "cancel":
+                self.cancelled.add(seen.id)
 
-    @rule(job=ids, seen=strategies.sampled_from(get_args(Status)), to=strategies.sampled_from(get_args(Status)))
-    def move(self, job: str, seen: Status, to: Status) -> None:
-        """Also by one whose picture of the job is an old one."""
+    @rule(seen=pictures, to=strategies.sampled_from(get_args(Status)))
+    def move(self, seen: Job, to: Status) -> None:
+        """By one whose picture of the job may be an old one."""
         with suppress(JobMoved, ValueError):
-            self.jobs.move(self.jobs.get(job).model_copy(update={"status": seen}), to)
+            self.jobs.move(seen, to)
+
+    @rule(target=pictures, seen=pictures)
+    def look_again(self, seen: Job) -> Job:
+        return self.jobs.get(seen.id)
 
     @invariant()
     def no_transition_was_illegal(self) -> None:
@@ -237,13 +283,18 @@ class Life(RuleBasedStateMachine):
             assert after == before or after in FOLLOWING[before]
             self.states[job] = after
 
+    @invariant()
+    def what_is_to_be_cancelled_is_never_paused(self) -> None:
+        for job in self.cancelled:
+            assert self.jobs.get(job).status != "paused"
 
-def test_no_sequence_of_calls_makes_an_illegal_transition(open_store: Open) -> None:
+
+def test_no_sequence_of_calls_makes_an_illegal_transition_or_forgets_a_cancellation(open_store: Open) -> None:
     class OnThisDatabase(Life):
         jobs, other = open_store("here"), open_store("there")
 
     quick = settings(
-        max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), database=None
+        max_examples=40, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
     run_state_machine_as_test(OnThisDatabase, settings=quick)
 
@@ -310,6 +361,12 @@ def test_a_data_set_is_in_use_until_its_jobs_are_over(jobs: JobStore, status: St
     assert not jobs.uses("ds-2")
 
 
+def test_a_data_set_of_another_home_is_a_copy_of_its_own(open_store: Open) -> None:
+    in_state(open_store("there"), "running")
+    assert open_store("there").uses("ds-1")
+    assert not open_store("here").uses("ds-1")
+
+
 def test_a_builtin_set_is_read_back_with_its_limit(jobs: JobStore) -> None:
     assert jobs.get(create(jobs, dataset={"builtin": "mnist"}).id).dataset == Builtin(builtin="mnist")
 
@@ -340,41 +397,41 @@ def test_old_jobs_are_forgotten_once_they_are_over(jobs: JobStore) -> None:
 
 
 def test_a_key_is_claimed_then_answered_and_answers_again(jobs: JobStore) -> None:
-    assert jobs.claim("k", "print") is None
+    assert jobs.claim("k", "print", MINUTE) is None
     with pytest.raises(KeyInUse):
-        jobs.claim("k", "print")
+        jobs.claim("k", "print", MINUTE)
     with pytest.raises(KeyReused):
-        jobs.claim("k", "another")
+        jobs.claim("k", "another", MINUTE)
     job = jobs.create(order(), queue_size=9, key="k")
     jobs.move(job, "validating")
-    assert jobs.claim("k", "print") == job.model_dump(mode="json")
+    assert jobs.claim("k", "print", MINUTE) == job.model_dump(mode="json")
     with pytest.raises(KeyReused):
-        jobs.claim("k", "another")
+        jobs.claim("k", "another", MINUTE)
 
 
 def test_a_key_whose_request_was_refused_is_free_again(jobs: JobStore) -> None:
-    jobs.claim("k", "print")
+    jobs.claim("k", "print", MINUTE)
     jobs.release("k")
-    assert jobs.claim("k", "another") is None
+    assert jobs.claim("k", "another", MINUTE) is None
     jobs.create(order(), queue_size=9, key="k")
     jobs.release("k")
     with pytest.raises(KeyReused):
-        jobs.claim("k", "print")
+        jobs.claim("k", "print", MINUTE)
 
 
 def test_a_job_that_finds_no_place_settles_no_key(jobs: JobStore) -> None:
-    jobs.claim("k", "print")
+    jobs.claim("k", "print", MINUTE)
     with pytest.raises(JobsFull):
         jobs.create(order(), queue_size=0, key="k")
     with pytest.raises(KeyInUse):
-        jobs.claim("k", "print")
+        jobs.claim("k", "print", MINUTE)
 
 
-@pytest.mark.parametrize(("answered", "kept", "forgotten"), [(True, 23 * 60, 25 * 60), (False, 9, 11)])
-def test_keys_are_kept_for_a_day_and_claims_for_ten_minutes(
+@pytest.mark.parametrize(("answered", "kept", "forgotten"), [(True, 23 * 60, 25 * 60), (False, 49, 51)])
+def test_keys_are_kept_for_a_day_and_claims_for_as_long_as_an_answer_may_take(
     jobs: JobStore, monkeypatch: pytest.MonkeyPatch, answered: bool, kept: int, forgotten: int
 ) -> None:
-    jobs.claim("k", "print")
+    jobs.claim("k", "print", 50 * MINUTE)
     if answered:
         jobs.create(order(), queue_size=9, key="k")
     now = datetime.now(UTC)
@@ -388,9 +445,9 @@ def test_keys_are_kept_for_a_day_and_claims_for_ten_minutes(
 
     monkeypatch.setattr("service.jobs.store.datetime", Later)
     with pytest.raises(KeyReused):
-        jobs.claim("k", "another")
+        jobs.claim("k", "another", 50 * MINUTE)
     Later.minutes = forgotten
-    assert jobs.claim("k", "another") is None
+    assert jobs.claim("k", "another", 50 * MINUTE) is None
 
 
 def test_of_many_that_claim_a_key_one_gets_it(open_store: Open) -> None:
@@ -400,7 +457,7 @@ def test_of_many_that_claim_a_key_one_gets_it(open_store: Open) -> None:
     def claim(jobs: JobStore) -> bool:
         together.wait()
         try:
-            return jobs.claim("k", "print") is None
+            return jobs.claim("k", "print", MINUTE) is None
         except KeyInUse:
             return False
 

@@ -16,7 +16,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-DEFAULTS = {"steps": 5, "pause": 0.02, "checking": 0.0, "deaf": False, "die_at": None, "fail_at": None, "exit_at": None}
+DEFAULTS = {"steps": 5, "pause": 0.02, "checking": 0.0, "deaf": False, "words": "no idea", "linger": 0.0}
+DEFAULTS |= dict.fromkeys(("die_at", "fail_at", "exit_at", "abort_at"))
 
 
 def main() -> int:
@@ -110,6 +111,7 @@ def train(
     while (step := state["step"]) < steps:
         if asked.is_set():
             tell("interrupted", step=step)
+            time.sleep(settings["linger"])
             return 130
         if time.monotonic() - begun - sum(held) > options.deadline_seconds and not settings["deaf"]:
             return fail(tell, "deadline_passed", "it took too long")
@@ -117,8 +119,11 @@ def train(
             os.kill(os.getpid(), signal.SIGKILL)
         if step == settings["fail_at"]:
             return fail(tell, "diverged", "the loss rose and rose")
+        if step == settings["abort_at"]:
+            say(settings["words"])
+            os.abort()
         if step == settings["exit_at"]:
-            say("no idea what happened")
+            say(settings["words"])
             return 1
         time.sleep(settings["pause"])
         state = {"step": step + 1, "weights": hashlib.sha256(f"{state['weights']} {step}".encode()).hexdigest()}

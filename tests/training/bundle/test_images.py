@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.tiny import encode
 from training.bundle.images import (
@@ -23,9 +25,10 @@ from training.bundle.images import (
     ImageTooLarge,
     NotAnImage,
     decode,
-    is_quick,
+    decode_quickly,
 )
 from training.bundle.manifest import Fit, InputSpec
+from training.drawings import pen_digit
 
 RED, GREEN, BLUE, YELLOW = (220, 30, 30), (30, 200, 30), (30, 30, 220), (220, 220, 30)
 
@@ -401,21 +404,65 @@ def test_any_valid_picture_decodes(height: int, width: int, mode: str, spec: Inp
     assert decode(file.getvalue(), spec).shape == spec.shape
 
 
+def texts() -> bytes:
+    """A small PNG of the input's own size that unpacks to twelve megabytes."""
+    info = PngInfo()
+    for number in range(12):
+        info.add_text(f"text {number}", "a" * 1_000_000, zip=True)
+    return encode(quadrants(32), pnginfo=info)
+
+
 @pytest.mark.parametrize(
-    ("data", "quick"),
+    ("data", "spec"),
     [
-        (encode(quadrants(32)), True),
-        (encode(quadrants(32).convert("P")), True),
-        (encode(quadrants(33)), False),
-        (encode(quadrants(32), "JPEG"), False),
-        (encode(quadrants(32)) + bytes(20_000), False),
-        (encode(quadrants(32))[:23], False),
-        (b"", False),
+        (encode(quadrants(33)), colour(32, 32)),
+        (encode(quadrants(32).convert("P")), colour(32, 32)),
+        (encode(quadrants(32), "JPEG"), colour(32, 32)),
+        (texts(), colour(32, 32)),
+        (encode(Image.fromarray(noise(74, 74, 3))), colour(74, 74)),
+        (encode(Image.new("RGB", (74, 74))), colour(74, 74)),
+        (encode(Image.new("L", (28, 28), 128)), grey(28, 28, "digit")),
+        (encode(quadrants(32))[:23], colour(32, 32)),
+        (encode(quadrants(32))[:-20], colour(32, 32)),
+        (b"", colour(32, 32)),
     ],
-    ids=["its own size", "with a palette", "another size", "another format", "long", "cut off", "nothing"],
+    ids=[
+        "another size",
+        "a palette",
+        "another format",
+        "much to unpack",
+        "a long file",
+        "many pixels",
+        "a digit on grey",
+        "a head alone",
+        "cut off",
+        "nothing",
+    ],
 )
-def test_only_a_small_png_of_the_input_s_own_size_is_quick(data: bytes, quick: bool) -> None:
-    assert is_quick(data, colour(32, 32)) is quick
+def test_what_may_take_long_is_not_decoded_quickly(data: bytes, spec: InputSpec) -> None:
+    assert len(data) <= 16_384 or spec.width == 74
+    assert decode_quickly(data, spec) is None
+
+
+@pytest.mark.parametrize(
+    ("picture", "spec"),
+    [
+        (quadrants(32), colour(32, 32)),
+        (quadrants(32), grey(32, 32)),
+        (Image.fromarray(noise(32, 32)), colour(32, 32)),
+        (Image.fromarray(noise(73, 73, 3)), colour(73, 73)),
+        (Image.fromarray(pen_digit(3, Random(3))), grey(28, 28, "digit")),
+        (Image.fromarray(255 - pen_digit(3, Random(3))), colour(28, 28, "digit")),
+    ],
+    ids=["colour", "colour to grey", "grey to colour", "as large as may be", "MNIST's", "its negative"],
+)
+def test_a_small_plain_png_of_the_input_s_own_size_is_decoded_quickly_and_rightly(
+    picture: Image.Image, spec: InputSpec
+) -> None:
+    quick = decode_quickly(encode(picture), spec)
+    assert quick is not None
+    assert np.array_equal(quick, decode(encode(picture, "BMP"), spec))
+    assert (quick.shape, quick.dtype, quick.flags.c_contiguous) == (spec.shape, np.uint8, True)
 
 
 def with_pixels_of(png: bytes, block: bytes) -> bytes:

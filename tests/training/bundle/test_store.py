@@ -407,3 +407,28 @@ class Stored(RuleBasedStateMachine):
 
 Stored.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
 test_any_sequence_leaves_a_consistent_store = Stored.TestCase
+
+
+def test_candidates_are_counted_for_each_model_and_hold_out(root: Path, publish: Publish) -> None:
+    looks = [("greys", "a", "1"), ("greys", "a", "2"), ("greys", "a", "1"), ("greys", "b", "1"), ("pets", "a", "1")]
+    digests = [(model, hold_out * 64, weights * 64) for model, hold_out, weights in looks]
+    assert [store.looked(root, *look) for look in digests] == [1, 2, 2, 1, 1]
+    store.delete(root, publish())
+    assert [store.looked(root, *look) for look in digests] == [2, 2, 2, 1, 1]
+
+
+def test_what_a_new_version_must_agree_with_is_the_newest_that_can_be_read_and_the_one_that_answers(
+    root: Path, publish: Publish
+) -> None:
+    assert store.namesakes(root, "greys") == []
+    first, second, third = (publish() for _ in range(3))
+    (third.path(root) / MANIFEST).write_text("{")
+    manifests = {ref: store.read_manifest(root, ref) for ref in (first, second)}
+    assert store.namesakes(root, "greys") == [
+        manifests[second],
+        manifests[first],
+    ]  # the oldest, before any is activated
+    store.hold_back(root, "greys")
+    assert store.namesakes(root, "greys") == [manifests[second]]
+    store.activate(root, first)
+    assert store.namesakes(root, "greys") == [manifests[second], manifests[first]]
