@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from service import telemetry
 from service.api import datasets, health, inference_protocol, kserve, models, openai, predictions, problems, training
+from service.api.direct import Direct
 from service.api.middleware import BodyLimit, Cap, Observe
 from service.inference.registry import Limits, Registry
 from service.jobs.datasets import DatasetStore
@@ -50,8 +51,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours is in telemetry.py
     )
-    # The busiest first, and not included: they would go through FastAPI's layers after all.
-    app.router.routes[:0] = [*predictions.router.routes, *inference_protocol.infer_router.routes]
+    app.include_router(predictions.router, tags=["predict"])
+    app.include_router(inference_protocol.infer_router, tags=["v2"])
     app.include_router(models.router, tags=["models"])
     app.include_router(datasets.router, tags=["datasets"])
     app.include_router(training.router, tags=["train"])
@@ -64,6 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(SafelightError, problems.on_safelight_error)
     app.add_exception_handler(RequestValidationError, problems.on_invalid_parameter)
     app.add_exception_handler(HTTPException, problems.on_http_exception)
+    app.add_middleware(Direct, routes=[*predictions.router.routes, *inference_protocol.infer_router.routes])
     app.add_middleware(BodyLimit, **body_caps(settings))
     app.add_middleware(Observe)  # the last one added is the first to see a request
     return app

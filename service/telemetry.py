@@ -3,6 +3,9 @@
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 from prometheus_client import REGISTRY as THIS_PROCESS
@@ -81,49 +84,78 @@ def _all_workers() -> CollectorRegistry:
 
 
 def configure_logging(level: str, style: Literal["auto", "json", "text"]) -> None:
-    """One line an event, on stderr: JSON, or for people the message and its fields."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line has them; half its cost
-    handler = _Handler(sys.stderr)
-    if style == "json" or (style == "auto" and not sys.stderr.isatty()):
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    """One line an event, on stderr: JSON, or for people the event and its facts."""
+    as_json = style == "json" or (style == "auto" and not sys.stderr.isatty())
+    handler = _Handler(sys.stderr, _json_line if as_json else _text_line)
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.handlers = [other for other in root.handlers if not isinstance(other, _Handler)] + [handler]
     logging.getLogger("uvicorn.access").disabled = True  # our own line says more
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+def log_request(level: int, facts: dict[str, Any]) -> None:
+    """Write what `logger.log(level, "request", extra=facts)` would, but past `logging`, which would take 20 µs more: a
+    sixth of a request. Other handlers than ours don't see it."""
+    if not logger.isEnabledFor(level):
+        return
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Handler):
+            try:
+                handler.write(time.time(), logging.getLevelName(level), logger.name, "request", facts)
+            except Exception:  # a line that can't be written, on a full disk say, mustn't cost the answer
+                handler.handleError(logging.makeLogRecord({"msg": "request"}))
+
+
+Line = Callable[[float, str, str, str, dict[str, Any]], str]  # of when, level, logger, event, facts
+
+
+class _Handler(logging.Handler):
     """Ours, so that configuring again replaces it and leaves others alone."""
 
+    def __init__(self, stream: TextIO, line: Line) -> None:
+        super().__init__()
+        self._stream = stream
+        self._line = line
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}  # the last: uvicorn's
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.write(record.created, record.levelname, record.name, record.getMessage(), _facts(record))
+        except Exception:  # as all of logging's handlers have it
+            self.handleError(record)
+
+    def write(self, when: float, level: str, name: str, event: str, facts: dict[str, Any]) -> None:
+        self._stream.write(self._line(when, level, name, event, facts) + "\n")
 
 
-def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """What was said beside the message."""
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "color_message"}  # the last: uvicorn's
 
 
-class _JsonFormatter(logging.Formatter):
+def _facts(record: logging.LogRecord) -> dict[str, Any]:
+    """What was said beside the message, and the trace of an exception."""
+    facts = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    if record.exc_info:
+        facts["exc_info"] = logging.Formatter().formatException(record.exc_info)
+    return facts
+
+
+def _json_line(when: float, level: str, name: str, event: str, facts: dict[str, Any]) -> str:
     """`{"at": …, "level": "INFO", "logger": "safelight", "event": "request", "method": "POST", …}`"""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"at": self.formatTime(record), "level": record.levelname, "logger": record.name}
-        line |= {"event": record.getMessage()} | _extra(record)
-        if record.exc_info:
-            line["exc_info"] = self.formatException(record.exc_info)
-        return to_json(line, fallback=str, inf_nan_mode="strings").decode()
+    at = f"{_to_the_second(int(when))},{int(when % 1 * 1000):03}"
+    line = {"at": at, "level": level, "logger": name, "event": event} | facts
+    return to_json(line, fallback=str, inf_nan_mode="strings").decode()
 
 
-class _TextFormatter(logging.Formatter):
-    """`12:00:01 INFO    request method=POST path=/predict …`"""
+@lru_cache(1)  # there are many lines in a second
+def _to_the_second(when: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
 
-    def format(self, record: logging.LogRecord) -> str:
-        line, *trace = super().format(record).split("\n")
-        fields = (f"{key}={_printable(str(value))}" for key, value in _extra(record).items())
-        return "\n".join([" ".join([line, *fields]), *trace])
+
+def _text_line(when: float, level: str, name: str, event: str, facts: dict[str, Any]) -> str:  # noqa: ARG001
+    """`12:00:01 INFO    request method=POST path=/predict …`, and a trace below it"""
+    at = time.strftime("%H:%M:%S", time.localtime(when))
+    trace = [facts["exc_info"]] if "exc_info" in facts else []
+    fields = (f"{key}={_printable(str(value))}" for key, value in facts.items() if key != "exc_info")
+    return "\n".join([" ".join([f"{at} {level:7} {event}", *fields]), *trace])
 
 
 def _printable(value: str) -> str:

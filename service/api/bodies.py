@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from fastapi import Request
 from pydantic import ValidationError
-from python_multipart.multipart import parse_options_header
 
+from service.api.asgi import header, read_body
 from service.api.schemas import Base64Images
 from service.errors import InvalidBase64, MalformedBody, NoImages, TooManyImages, UnsupportedBody
 from service.inference.predictor import Picture
@@ -16,6 +16,7 @@ from service.inference.predictor import Picture
 THREAD_FROM = 100_000  # bytes of JSON; less is read faster than a thread is found for it
 
 MOST_FIELDS = 100  # of a form, beside its files
+BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]*)"|([^;\s]*))', re.I)
 # Each begins with a line and ends with it: a head, however long, is looked at once and not from each of its words.
 NAME = re.compile(rb'\r\ncontent-disposition:[^\r\n]*?;[ \t]*name=(?:"([^"\r\n]*)"|([^;\s]*))', re.I)
 FILENAME = re.compile(rb"\r\ncontent-disposition:[^\r\n]*;[ \t]*filename\*?=", re.I)
@@ -32,27 +33,32 @@ async def read_pictures(request: Request, max_images: int) -> list[Picture]:
     if kind == "multipart/form-data":
         return await _from_multipart(request, max_images)
     if kind == "application/json":
-        body = await request.body()
+        body = await read_body(request.receive)
         if len(body) < THREAD_FROM:
             return _from_json(body, max_images)
         return await asyncio.to_thread(_from_json, body, max_images)
     if kind.startswith("image/") or kind in ("", "application/octet-stream"):
-        return [_not_empty(await request.body())]
+        return [_not_empty(await read_body(request.receive))]
     hint = " (with curl --data-binary, add -H 'Content-Type: image/png')" if "urlencoded" in kind else ""
     raise UnsupportedBody(f"content type {kind} isn't read here{hint}; send {FORMS}")
 
 
 def media_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return _content_type(request).partition(";")[0].strip().lower()
+
+
+def _content_type(request: Request) -> str:
+    return header(request.scope, b"content-type") or ""
 
 
 async def _from_multipart(request: Request, max_images: int) -> list[Picture]:
-    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
+    named = BOUNDARY.search(_content_type(request))
+    boundary = named[named.lastindex or 0].encode("latin-1") if named else b""
     if not boundary:
         raise _malformed("its content type names no boundary")
     pictures: list[Picture] = []
     others = set()
-    for name, is_file, content in _parts(await request.body(), boundary, max_images):
+    for name, is_file, content in _parts(await read_body(request.receive), boundary, max_images):
         if name != b"file" or not is_file:
             others.add(name)
             continue

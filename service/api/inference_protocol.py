@@ -19,10 +19,10 @@ from pydantic import BaseModel, ValidationError
 
 from service import errors
 from service.api import health, problems, tensors
+from service.api.asgi import read_body
 from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
-from service.api.direct import Direct
 from service.api.predictions import provenance
 from service.inference.registry import Entry, Line, Registry
 from service.settings import Settings
@@ -46,7 +46,7 @@ WEIGHT = re.compile(r"q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)")  # RFC 9110, 12.4.2
 
 T = TypeVar("T", bound=BaseModel)
 
-infer_router = APIRouter(route_class=Direct)
+infer_router = APIRouter()
 router = APIRouter()
 
 
@@ -304,7 +304,7 @@ def _head_bytes(request: Request) -> int | None:
 
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The whole body, unpacked. Raises BodyTooLarge, MalformedBody, UnsupportedBody."""
-    body = await request.body()
+    body = await read_body(request.receive)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         return body

@@ -3,20 +3,20 @@
 import logging
 import math
 import re
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import problems
+from service.api.asgi import header
 from service.errors import BodyTooLarge, ClientGone, QueueFull
-from service.telemetry import REQUESTS, logger
+from service.telemetry import REQUESTS, log_request, logger
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 QUEUE_FULL = problems.PROBLEMS[QueueFull].code
@@ -35,8 +35,8 @@ class Observe:
             await self.app(scope, receive, send)
             return
         begun = time.perf_counter()
-        offered = Headers(scope=scope).get("x-request-id", "")
-        request_id = offered if REQUEST_ID.fullmatch(offered) else uuid4().hex
+        offered = header(scope, b"x-request-id") or ""
+        request_id = offered if REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
         state = scope.setdefault("state", {})
         state["request_id"], state["log"] = request_id, {}
         status = 0
@@ -45,7 +45,7 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
@@ -62,7 +62,7 @@ class Observe:
                 level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
                 milliseconds = round((time.perf_counter() - begun) * 1000, 2)
-                logger.log(level, "request", extra=facts | {"ms": milliseconds} | state["log"])
+                log_request(level, facts | {"ms": milliseconds} | state["log"])
 
     def _is_told(self, route: str, facts: dict[str, Any]) -> bool:
         return self._refusals[route, facts.get("model", "")].is_told(facts)
@@ -111,7 +111,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         cap = self.by_path.get(scope["path"], self.cap)
-        length = Headers(scope=scope).get("content-length", "")
+        length = header(scope, b"content-length") or ""
         declared = int(length) if length.isdigit() else 0
         received, whole = 0, False
 

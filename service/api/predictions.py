@@ -13,9 +13,9 @@ from pydantic_core import to_json
 
 from service import errors
 from service.api import problems
+from service.api.asgi import header
 from service.api.bodies import read_pictures
 from service.api.connection import while_connected
-from service.api.direct import Direct
 from service.api.schemas import Base64Images, Predictions
 from service.inference.predictor import Answered, Picture
 from service.inference.registry import Entry, Registry
@@ -25,7 +25,7 @@ from training.bundle import images, store
 from training.bundle.answers import Answer
 from training.bundle.manifest import Manifest
 
-router = APIRouter(route_class=Direct, tags=["predict"])
+router = APIRouter()
 
 KEPT_QUESTIONS = 100  # most clients ask the same thing again and again of other pictures
 
@@ -101,19 +101,20 @@ async def predict(request: Request) -> Response:
     In a request of many, a picture that fails has `error` in its place and the status is 200; a request whose only
     picture fails gets that problem's own status.
     """
-    question = _question(request.scope["query_string"], request.headers.get("x-deadline-ms"))
-    settings: Settings = request.state.settings
-    registry: Registry = request.state.registry
+    question = _question(request.scope["query_string"], header(request.scope, b"x-deadline-ms"))
+    state = request.state
+    settings: Settings = state.settings
+    registry: Registry = state.registry
     clock = asyncio.get_running_loop().time
     allowed = settings.deadline_seconds
     seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
     entry = await registry.asked(question.model, question.version, clock() + seconds)
-    request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
+    state.log.update(model=entry.ref.model, version=entry.ref.version)
     if entry.predictor:
         entry.predictor.check_room(clock() + seconds)
     pictures = await read_pictures(request, settings.max_images)
     deadline = clock() + seconds
-    request.state.log["images"] = len(pictures)
+    state.log["images"] = len(pictures)
     manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
     return _reply(request, manifest, answered)
 

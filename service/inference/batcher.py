@@ -10,7 +10,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -19,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
+from service.inference.turns import EngineThread
 from service.telemetry import logger
 from training.bundle.images import Pixels
 
 REMEMBERED = 256  # pictures whose pace counts, or so: one that met a bad moment doesn't speak for the next
 TURN = 0.02  # seconds, after which another engine may have the device
-PAUSE = 0.1  # seconds, after the executor itself has failed
 BEGUN_WITH = 32  # pictures that the pace measured at load counts for
 
 T = TypeVar("T")  # what comes of one picture
-Run = Callable[[NDArray[np.uint8]], Sequence[T | InferenceFailed]]  # of uint8 [N, C, H, W]; called in the executor
+Run = Callable[[NDArray[np.uint8]], Sequence[T | InferenceFailed]]  # of [N, C, H, W]; in the engine's thread
 
 
 class Meter(Protocol):
@@ -103,13 +102,12 @@ def _settle(batch: list[Place[T]], outcomes: Sequence[T | InferenceFailed], now:
 
 
 class Batcher(Generic[T]):
-    """One queue before one engine. `device` is held for a turn: engines that share a device take turns."""
+    """One queue before one engine. The event loop appends, the engine's thread takes."""
 
     def __init__(
         self,
         run: Run[T],
-        executor: Executor,
-        device: asyncio.Lock,
+        thread: EngineThread,
         *,
         max_batch: int,
         queue_size: int,
@@ -117,17 +115,15 @@ class Batcher(Generic[T]):
         meter: Meter,
     ) -> None:
         self._run = run
-        self._executor = executor
-        self._device = device
+        self._thread = thread
         self._max_batch = max_batch
         self._queue_size = queue_size
         self._pace = Pace(seconds_per_image)
         self._meter = meter
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[Place[T]] = deque()  # the loop appends, the executor takes
+        self._queue: deque[Place[T]] = deque()
         self._pending = 0
-        self._arrived = asyncio.Event()
-        self._worker = asyncio.create_task(self._work(), name="batcher")
+        thread.join(self._take_turn)
 
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[None]:
@@ -171,7 +167,7 @@ class Batcher(Generic[T]):
             images, begun + deadline - self._loop.time(), begun, self._loop.create_future()
         )
         self._queue.extend((submission, place) for place in range(len(images)))
-        self._arrived.set()
+        self._loop.call_soon(self._thread.wake)  # once the other requests that are ready have come this far
         expiry = self._loop.call_at(deadline, submission.expire)  # asyncio.timeout_at takes five times as long
         try:
             await submission.done
@@ -185,8 +181,7 @@ class Batcher(Generic[T]):
         await asyncio.sleep(0.01)  # for a request that has chosen this version and is about to be admitted
         while self._pending:
             await asyncio.sleep(0.01)
-        self._worker.cancel()
-        await asyncio.gather(self._worker, return_exceptions=True)
+        self._thread.leave(self._take_turn)
 
     def _count(self, change: int) -> None:
         if not self._pending:
@@ -194,20 +189,8 @@ class Batcher(Generic[T]):
         self._pending += change
         self._meter.pending(self._pending)
 
-    async def _work(self) -> None:
-        while True:
-            await self._arrived.wait()
-            async with self._device:
-                try:
-                    await self._loop.run_in_executor(self._executor, self._take_turn)
-                except Exception:  # whatever it was, such as no room for a thread: the next one may succeed
-                    logger.exception("the engine's turn failed")
-                    await asyncio.sleep(PAUSE)
-            if not self._queue:
-                self._arrived.clear()
-
-    def _take_turn(self) -> None:
-        """In the executor: batch after batch, until the queue is empty or it is another engine's turn.
+    def _take_turn(self) -> bool:
+        """Batch after batch, until the queue is empty or it is another engine's turn; whether anything is left.
 
         The event loop has requests to read: if it handed over batch by batch, the engine would wait for it after each.
         """
@@ -217,7 +200,8 @@ class Batcher(Generic[T]):
             now = time.perf_counter()
             self._loop.call_soon_threadsafe(_settle, batch, outcomes, now)
             if now >= end:
-                return
+                break
+        return bool(self._queue)
 
     def _next_batch(self) -> list[Place[T]]:
         """Take what somebody still waits for and can still be in time."""
@@ -231,7 +215,7 @@ class Batcher(Generic[T]):
         return batch
 
     def _run_batch(self, batch: list[Place[T]]) -> Sequence[T | InferenceFailed]:
-        """One outcome for each picture, come what may: the worker must outlive any batch."""
+        """One outcome for each picture, come what may: nobody may wait in vain."""
         images = [submission.images[place] for submission, place in batch]
         begun = time.perf_counter()
         for submission, _ in batch:

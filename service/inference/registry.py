@@ -34,6 +34,7 @@ from service.inference import engine
 from service.inference.batcher import Batcher
 from service.inference.cache import Cache
 from service.inference.predictor import Predictor, ranked
+from service.inference.turns import EngineThread
 from service.telemetry import BATCH_SIZE, LAST_BATCH, PENDING, logger
 from training.bundle import store
 from training.bundle.manifest import BundleError, Manifest, ManifestInvalid
@@ -108,8 +109,7 @@ class Registry:
         self.unreadable: dict[str, str] = {}  # models whose folder can't be listed, and why
         self._changing = asyncio.Lock()  # one change at a time: a scan, a load, a promotion
         self._looking = asyncio.Lock()  # of many that ask for the same, one looks
-        self._device = asyncio.Lock()  # engines take turns on the one device
-        self._engines = ThreadPoolExecutor(1, "engine")
+        self._engines = EngineThread()
         self._decoders = ThreadPoolExecutor(limits.threads, "decode")
         self._loader = ThreadPoolExecutor(1, "loader")
         self._cache = Cache(limits.cache_bytes) if limits.cache_bytes else None
@@ -451,7 +451,6 @@ class Registry:
         batcher = Batcher(
             ranked(loaded),
             self._engines,
-            self._device,
             max_batch=self.limits.max_batch,
             queue_size=self.limits.queue_size,
             seconds_per_image=loaded.seconds_per_image(self.limits.max_batch),
@@ -496,7 +495,8 @@ class Registry:
             for entry in line.entries.values():
                 self._unload(entry)
         await asyncio.gather(*self._tasks)
-        for executor in (self._engines, self._decoders, self._loader):
+        self._engines.close()
+        for executor in (self._decoders, self._loader):
             executor.shutdown(cancel_futures=True)
 
 

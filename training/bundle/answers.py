@@ -14,7 +14,7 @@ Logits = NDArray[np.float32]
 Probabilities = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: there are five or more for each picture, and freezing them takes longer than making them
 class Ranked:
     label: str
     index: int

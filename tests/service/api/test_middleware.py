@@ -1,12 +1,14 @@
 import asyncio
 import base64
 import json
-import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -21,6 +23,15 @@ from service.settings import Settings
 from tests.tiny import Slow, grey, make_bundle
 
 PNG = {"Content-Type": "image/png"}
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The lines since the last look, of an application that was made within the test: it keeps the stderr of then."""
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+def requests(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [line for line in logged(capsys) if line["event"] == "request"]
 
 
 def test_a_request_id_is_made_unless_a_decent_one_is_offered(client: TestClient) -> None:
@@ -47,14 +58,20 @@ ONE_PICTURE = {  # by path: a body and its headers
 
 @pytest.mark.parametrize("path", ONE_PICTURE)
 def test_one_line_tells_of_each_request_and_its_reply_of_timings_and_weights(
-    client: TestClient, caplog: pytest.LogCaptureFixture, path: str
+    capsys: pytest.CaptureFixture[str], settings: Settings, path: str
 ) -> None:
-    caplog.set_level(logging.INFO, "safelight")
     content, headers = ONE_PICTURE[path]
-    reply = client.post(path, content=content, headers=headers | {"X-Request-ID": "r-1"})
-    (record,) = [record for record in caplog.records if record.getMessage() == "request"]
-    facts = vars(record)
-    expected = {
+    with TestClient(create_app(settings)) as client:
+        reply = client.post(path, content=content, headers=headers | {"X-Request-ID": "r-1"})
+        manifest = client.get("/models/greys/versions/1").json()["manifest"]
+    (line, _) = requests(capsys)
+    assert re.fullmatch(r"decode;dur=\d+\.\d\d, queue;dur=\d+\.\d\d, infer;dur=\d+\.\d\d", line["timing"])
+    assert line.pop("ms") > 0
+    assert datetime.now() - datetime.strptime(line.pop("at"), "%Y-%m-%d %H:%M:%S,%f") < timedelta(minutes=1)
+    assert line == {
+        "level": "INFO",
+        "logger": "safelight",
+        "event": "request",
         "request_id": "r-1",
         "method": "POST",
         "path": path,
@@ -64,11 +81,25 @@ def test_one_line_tells_of_each_request_and_its_reply_of_timings_and_weights(
         "images": 1,
         "timing": reply.headers["server-timing"],
     }
-    assert {key: facts[key] for key in expected} == expected
-    assert facts["ms"] > 0
-    assert re.fullmatch(r"decode;dur=\d+\.\d\d, queue;dur=\d+\.\d\d, infer;dur=\d+\.\d\d", facts["timing"])
-    manifest = client.get("/models/greys/versions/1").json()["manifest"]
     assert reply.headers["x-weights-sha256"] == manifest["files"]["checkpoint.safetensors"]["sha256"]
+
+
+def test_what_machines_ask_every_few_seconds_is_told_at_debug_only(
+    capsys: pytest.CaptureFixture[str], settings: Settings
+) -> None:
+    for level, lines in (("info", []), ("debug", [("DEBUG", "/health/live"), ("DEBUG", "/metrics")])):
+        with TestClient(create_app(settings.model_copy(update={"log_level": level}))) as client:
+            client.get("/health/live")
+            client.get("/metrics")
+        assert [(line["level"], line["path"]) for line in requests(capsys)] == lines
+
+
+def test_a_line_that_finds_no_room_costs_no_answer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with suppress(OSError), open("/dev/full", "w", buffering=1) as no_room:  # closing it fails, too
+        monkeypatch.setattr(sys, "stderr", no_room)
+        with TestClient(create_app(settings)) as client:
+            statuses = [client.post("/predict", content=grey(3), headers=PNG).status_code for _ in range(3)]
+    assert statuses == [200, 200, 200]
 
 
 @pytest.mark.parametrize(
@@ -80,19 +111,18 @@ def test_one_line_tells_of_each_request_and_its_reply_of_timings_and_weights(
     ],
 )
 def test_the_line_of_a_failed_request_has_the_code_and_what_is_known(
-    client: TestClient, caplog: pytest.LogCaptureFixture, query: str, content: bytes, facts: dict[str, object]
+    capsys: pytest.CaptureFixture[str], settings: Settings, query: str, content: bytes, facts: dict[str, object]
 ) -> None:
-    caplog.set_level(logging.INFO, "safelight")
-    client.post(f"/predict{query}", content=content, headers=PNG)
-    (record,) = [record for record in caplog.records if record.getMessage() == "request"]
+    with TestClient(create_app(settings)) as client:
+        client.post(f"/predict{query}", content=content, headers=PNG)
+    (line,) = requests(capsys)
     names = ("status", "code", "model", "version", "images")
-    assert {name: vars(record)[name] for name in names if name in vars(record)} == facts
+    assert {name: line[name] for name in names if name in line} == facts
 
 
 def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(
-    settings: Settings, caplog: pytest.LogCaptureFixture
+    capsys: pytest.CaptureFixture[str], settings: Settings
 ) -> None:
-    caplog.set_level(logging.INFO, "safelight")
     statuses = []
 
     async def leave(app: FastAPI, method: str, path: str, content_type: bytes) -> None:
@@ -123,9 +153,9 @@ def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(
         ):
             client.portal.call(leave, app, method, path, content_type)  # type: ignore[union-attr]
     assert statuses == [499] * 4
-    requests = [vars(record) for record in caplog.records if record.getMessage() == "request"]
-    assert [line["code"] for line in requests] == ["client_gone"] * 4
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    lines = logged(capsys)
+    assert [line["code"] for line in lines if line["event"] == "request"] == ["client_gone"] * 4
+    assert not [line for line in lines if line["level"] in ("ERROR", "CRITICAL")]
 
 
 @contextmanager
@@ -153,18 +183,17 @@ def test_refusals_get_a_line_a_second_that_says_how_many_there_were(monkeypatch:
 
 
 def test_a_refusal_for_want_of_room_is_logged_with_its_model_and_all_are_counted(
-    settings: Settings, caplog: pytest.LogCaptureFixture
+    capsys: pytest.CaptureFixture[str], settings: Settings
 ) -> None:
     def counted() -> float:
         labels = {"route": "/predict", "status": "429"}
         return REGISTRY.get_sample_value("safelight_requests_total", labels) or 0
 
-    caplog.set_level(logging.INFO, "safelight")
     before = counted()
     with full(settings) as (_, client):
         for _ in range(3):
             assert client.post("/predict", content=grey(1), headers=PNG).status_code == 429
-    lines = [vars(record) for record in caplog.records if vars(record).get("code") == "queue_full"]
+    lines = [line for line in requests(capsys) if line.get("code") == "queue_full"]
     expected = {"status": 429, "path": "/predict", "model": "greys", "version": "2", "refused": 1}
     assert {name: lines[0][name] for name in expected} == expected
     assert counted() - before == 3

@@ -390,6 +390,7 @@ def test_multipart_that_is_none(client: TestClient, content_type: str, content: 
     [
         ('multipart/form-data; boundary="b"', PART + b"--b--"),
         ("multipart/form-data; charset=undefined; boundary=b", PART + b"--b--\r\n"),
+        ("multipart/form-data;BOUNDARY=b; charset=utf-8", PART + b"--b--\r\n"),
         ("Multipart/Form-Data; boundary=b", b"To whom it may concern\r\n" + PART + b"--b--\r\nSincerely\r\n" + PART),
         (
             "multipart/form-data; boundary=b",
@@ -404,7 +405,15 @@ def test_multipart_that_is_none(client: TestClient, content_type: str, content: 
             b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n' + PART + b"--b--",
         ),
     ],
-    ids=["quoted", "charset", "preamble and epilogue", "other order", "other headers", "a text of the same name"],
+    ids=[
+        "quoted",
+        "charset",
+        "capitals",
+        "preamble and epilogue",
+        "other order",
+        "other headers",
+        "a text of the same name",
+    ],
 )
 def test_multipart_as_others_write_it(client: TestClient, content_type: str, content: bytes) -> None:
     reply = client.post("/predict", content=content, headers={"Content-Type": content_type})

@@ -1,11 +1,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
 from service.inference.batcher import TURN, Batcher, Submission
+from service.inference.turns import EngineThread
 
 POISON = 255
 
@@ -82,12 +81,6 @@ def answers(submission: Submission) -> list[float]:
     return [-1.0 if isinstance(row, InferenceFailed) else float(row[0]) for row in submission.outcomes]
 
 
-@contextmanager
-def executor() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
 def run(
     test: Callable[[Bench], Awaitable[None]],
     *,
@@ -102,11 +95,10 @@ def run(
         engine.go.set()
 
     async def main() -> Bench:
-        with executor() as pool:
+        with closing(EngineThread()) as thread:
             batcher = Batcher(
                 engine,
-                pool,
-                asyncio.Lock(),
+                thread,
                 max_batch=max_batch,
                 queue_size=queue_size,
                 seconds_per_image=seconds_per_image,
@@ -275,31 +267,6 @@ def test_an_error_beside_the_engine_fails_its_batch_is_logged_and_does_not_stop_
     assert "No space left on device" in caplog.text
 
 
-def test_an_executor_that_fails_once_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
-    class NoRoom(ThreadPoolExecutor):
-        failures = 1
-
-        def submit(self, *arguments: Any, **named: Any) -> Any:
-            if self.failures:
-                self.failures -= 1
-                raise RuntimeError("can't start new thread")
-            return super().submit(*arguments, **named)
-
-    async def main() -> list[float]:
-        engine = Engine()
-        engine.go.set()
-        with NoRoom(1) as pool:
-            options = {"max_batch": 8, "queue_size": 64, "seconds_per_image": 0.0, "meter": Meter()}
-            batcher: Batcher[Any] = Batcher(engine, pool, asyncio.Lock(), **options)  # type: ignore[arg-type]
-            try:
-                return await Bench(batcher, engine, Meter()).ask(7)
-            finally:
-                await batcher.close()
-
-    assert asyncio.run(main()) == [7]
-    assert caplog.messages == ["the engine's turn failed"]
-
-
 def test_the_wait_is_told_from_the_measured_rate() -> None:
     async def test(bench: Bench) -> None:
         for _ in range(60):
@@ -332,7 +299,6 @@ def test_closing_answers_what_was_admitted() -> None:
 def test_two_engines_on_one_device_take_turns() -> None:
     async def main() -> list[str]:
         order: list[str] = []
-        device = asyncio.Lock()
 
         def engine(name: str) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
             def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -342,11 +308,9 @@ def test_two_engines_on_one_device_take_turns() -> None:
 
             return run
 
-        with ThreadPoolExecutor(2) as pool:
+        with closing(EngineThread()) as thread:
             batchers = {
-                name: Batcher(
-                    engine(name), pool, device, max_batch=1, queue_size=99, seconds_per_image=0, meter=Meter()
-                )
+                name: Batcher(engine(name), thread, max_batch=1, queue_size=99, seconds_per_image=0, meter=Meter())
                 for name in "ab"
             }
             images = [np.zeros((1, 2, 2), np.uint8)] * 4
