@@ -10,7 +10,7 @@ from service.errors import ClientGone
 
 T = TypeVar("T")
 
-PATIENCE = 0.02  # seconds: of work that is done by then, nothing would be saved
+PATIENCE = 0.2  # seconds: of work that is done by then little would be saved, and to watch takes a task of its own
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
