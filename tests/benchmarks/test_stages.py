@@ -16,7 +16,7 @@ from benchmarks.targets import ROOT
 def test_each_stage_of_a_request_has_its_time_and_the_whole_its_verdict(tmp_path: Path) -> None:
     words = ["--model", "mnist", "--rounds", "2", "--requests", "64", "--results", str(tmp_path)]
     printed = run("benchmarks.stages", *words)
-    rows = re.findall(r"^\| \**([a-z ]+?)\** \| .* \| \**(\d+) \((\d+)–(\d+)\)\** \|$", printed, re.M)
+    rows = re.findall(r"^\| \**([a-z ]+?)\** \| .* \| \**(-?\d+) \((-?\d+)–(-?\d+)\)\** \|$", printed, re.M)
     assert [name for name, *_ in rows] == [*stages.ROWS, "all and batch"]
     middle = {name: int(value) for name, value, *_ in rows}
     assert all(int(least) <= middle[name] <= int(most) for name, _, least, most in rows)
