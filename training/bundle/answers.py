@@ -77,9 +77,9 @@ class Ranking:
 
     def answer(self, row: int, top_k: int) -> Answer:
         best = self.order[row, :top_k]
-        chances = self.chances[row, best].tolist()
-        scores = tuple(map(Ranked, [self.classes[index] for index in best], best.tolist(), chances))
-        return Answer(scores, bool(self.familiar[row]))
+        chances = self.chances[row].take(best)
+        scores = [Ranked(self.classes[i], i, chance) for i, chance in zip(best.tolist(), chances.tolist(), strict=True)]
+        return Answer(tuple(scores), bool(self.familiar[row]))
 
 
 Row = tuple[Ranking, int]  # what a batch's logits say, and which of its pictures is meant
