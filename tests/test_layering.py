@@ -64,7 +64,7 @@ ALLOWED = {
     "service.telemetry": set(),
     "service.lifecycle": set(),
     "service.settings": {"training", "training.bundle", "training.processors"},
-    "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle"},
+    "service.inference": {"service.errors", "service.telemetry", "training", "training.bundle", "training.processors"},
     "service.jobs": {
         "service.errors",
         "service.telemetry",

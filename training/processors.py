@@ -9,9 +9,13 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def processors(cgroup: Path = CGROUP) -> int:
     """Processors that this process may use: its affinity, and its container's CPU quota, whichever is less."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(cgroup)
+    allowed, quota = allowed_processors(), _cgroup_quota(cgroup)
     return max(1, min(allowed, math.ceil(quota))) if quota else allowed
+
+
+def allowed_processors() -> int:
+    """Processors that this process may run on, if not all the time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cgroup_quota(cgroup: Path) -> float | None:

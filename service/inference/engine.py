@@ -26,6 +26,7 @@ from training.bundle.answers import Logits
 from training.bundle.golden import Agreement, Golden, GoldenMismatch, compare, read_golden
 from training.bundle.int8 import INT8, MAX_DEVIATION, Int8, Ranges, deviation, read_int8
 from training.bundle.manifest import GOLDEN, MODULE, BundleError, Manifest
+from training.processors import allowed_processors
 
 Images = NDArray[np.uint8]  # [N, C, H, W]
 Runner = Callable[[Images], Logits]
@@ -288,6 +289,8 @@ def _openvino_model(path: Path, manifest: Manifest, precision: str, ranges: Rang
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
+        # Each process pins to the first processors that it may use: several, with a part each, would share those.
+        "ENABLE_CPU_PINNING": torch.get_num_threads() >= allowed_processors(),
     }
     return _openvino_core().compile_model(model, "CPU", options)
 

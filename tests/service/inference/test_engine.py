@@ -20,6 +20,7 @@ from training.bundle.manifest import CHECKPOINT, GOLDEN, MANIFEST, MODULE, Bundl
 from training.bundle.store import BundleRef, file_facts
 from training.datasets import Split
 from training.networks.convnet import Activation, ConvNet
+from training.processors import allowed_processors
 from training.quantize import quantize
 
 CPU = torch.device("cpu")
@@ -182,6 +183,16 @@ def test_convolutions_after_the_first_run_on_bytes(tmp_path: Path, quantized: Bu
     facts = [node.get_rt_info() for node in graph.get_ordered_ops()]
     ways = [fact["runtimePrecision"].value for fact in facts if fact["layerType"].value == "Convolution"]
     assert ways == ["f32", "u8", "u8", "u8", "u8"]
+
+
+def test_threads_are_pinned_only_where_the_engine_has_all_processors(
+    tmp_path: Path, quantized: BundleRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, manifest = quantized.path(tmp_path) / MODULE, store.read_manifest(tmp_path, quantized)
+    for threads, pinned in [(allowed_processors(), True), (allowed_processors() - 1, allowed_processors() == 1)]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: max(1, count))
+        model = engine._openvino_model(path, manifest, "f32", None)
+        assert model.get_property("ENABLE_CPU_PINNING") is pinned
 
 
 def test_ranges_other_than_those_that_were_measured_are_refused(tmp_path: Path, quantized: BundleRef) -> None:
