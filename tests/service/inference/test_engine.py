@@ -130,7 +130,7 @@ def test_openvino_computes_pool_and_activation_in_their_order(tmp_path: Path, ac
         ref = make_bundle(tmp_path, module=torch.jit.trace(network.folded(), pixels))
     folder, manifest = ref.path(tmp_path), store.read_manifest(tmp_path, ref)
     golden = read_golden(folder / GOLDEN, manifest)
-    logits = engine._openvino_runner(folder / MODULE, manifest, "f32")(golden.images)
+    logits = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), "f32")(golden.images)
     np.testing.assert_allclose(logits, golden.logits, atol=1e-4 * np.abs(golden.logits).max())
 
 
@@ -169,18 +169,19 @@ def test_int8_answers_what_its_exporter_saw(tmp_path: Path, quantized: BundleRef
     folder, manifest = quantized.path(tmp_path), store.read_manifest(tmp_path, quantized)
     int8 = read_int8(folder / INT8)
     assert int8 is not None
-    run = engine._openvino_runner(folder / MODULE, manifest, "f32", int8.ranges)
+    run = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), "f32", int8.ranges)
     found = run(read_golden(folder / GOLDEN, manifest).images)
     assert deviation(int8.logits, found) < MAX_DEVIATION
     assert timing_of(load(tmp_path, quantized)).refused is None
 
 
 def test_convolutions_after_the_first_run_on_bytes(tmp_path: Path, quantized: BundleRef) -> None:
-    folder, manifest = quantized.path(tmp_path), store.read_manifest(tmp_path, quantized)
+    folder = quantized.path(tmp_path)
     int8 = read_int8(folder / INT8)
     assert int8 is not None
-    graph = engine._openvino_model(folder / MODULE, manifest, "f32", int8.ranges).get_runtime_model()
-    facts = [node.get_rt_info() for node in graph.get_ordered_ops()]
+    graph = engine._openvino_graph(folder / MODULE, SPEC.shape)
+    compiled = engine._compiled(graph, "f32", int8.ranges).get_runtime_model()
+    facts = [node.get_rt_info() for node in compiled.get_ordered_ops()]
     ways = [fact["runtimePrecision"].value for fact in facts if fact["layerType"].value == "Convolution"]
     assert ways == ["f32", "u8", "u8", "u8", "u8"]
 
@@ -188,10 +189,10 @@ def test_convolutions_after_the_first_run_on_bytes(tmp_path: Path, quantized: Bu
 def test_threads_are_pinned_only_where_the_engine_has_all_processors(
     tmp_path: Path, quantized: BundleRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, manifest = quantized.path(tmp_path) / MODULE, store.read_manifest(tmp_path, quantized)
+    graph = engine._openvino_graph(quantized.path(tmp_path) / MODULE, SPEC.shape)
     for threads, pinned in [(allowed_processors(), True), (allowed_processors() - 1, allowed_processors() == 1)]:
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: max(1, count))
-        model = engine._openvino_model(path, manifest, "f32", None)
+        model = engine._compiled(graph, "f32", None)
         assert model.get_property("ENABLE_CPU_PINNING") is pinned
 
 
