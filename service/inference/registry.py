@@ -456,6 +456,7 @@ class Registry:
             seconds_per_image=loaded.seconds_per_image(self.limits.max_batch),
             meter=_Meter(ref),
         )
+        self._engines.spread(loaded.meet_sizes(self.limits.max_batch))
         return Predictor(
             loaded, batcher, self._decoders, self._cache, threads=self.limits.threads, max_pixels=self.limits.max_pixels
         )

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from service.telemetry import logger
 
@@ -16,16 +16,36 @@ class EngineThread:
 
     def __init__(self) -> None:
         self._turns: tuple[Turn, ...] = ()  # replaced as a whole: the thread may be in the middle of them
+        self._replacing = threading.Lock()
         self._woken = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)  # holds up no exit
         self._thread.start()
 
     def join(self, turn: Turn) -> None:
-        self._turns = (*self._turns, turn)
+        with self._replacing:
+            self._turns = (*self._turns, turn)
 
     def leave(self, turn: Turn) -> None:
-        self._turns = tuple(other for other in self._turns if other != turn)
+        with self._replacing:
+            self._turns = tuple(other for other in self._turns if other != turn)
+
+    def spread(self, steps: Iterator[object]) -> None:
+        """Do something long step by step, one between the turns of those who have joined."""
+
+        def step() -> bool:
+            try:
+                next(steps)
+            except StopIteration:
+                self.leave(step)
+                return False
+            except Exception:
+                self.leave(step)
+                raise
+            return True
+
+        self.join(step)
+        self.wake()
 
     def wake(self) -> None:
         """There is something to do."""

@@ -196,6 +196,18 @@ def test_threads_are_pinned_only_where_the_engine_has_all_processors(
         assert model.get_property("ENABLE_CPU_PINNING") is pinned
 
 
+def test_sizes_of_batches_that_were_not_run_at_load_are_run_one_by_one(tmp_path: Path, quantized: BundleRef) -> None:
+    loaded = load(tmp_path, quantized)
+    shapes: list[tuple[int, ...]] = []
+    run = loaded.run
+    watched = replace(loaded, run=lambda images: shapes.append(images.shape) or run(images))
+    assert loaded.chosen.startswith("openvino")
+    assert list(watched.meet_sizes(max_batch=11)) == [9, 10, 11]
+    assert shapes == [(size, *SPEC.shape) for size in (9, 10, 11)]
+    assert list(watched.meet_sizes(max_batch=4096))[-1] == engine.MEETS_LAST
+    assert list(replace(watched, chosen="torchscript float32").meet_sizes(max_batch=64)) == []
+
+
 def test_ranges_other_than_those_that_were_measured_are_refused(tmp_path: Path, quantized: BundleRef) -> None:
     folder = quantized.path(tmp_path)
     int8 = read_int8(folder / INT8)
