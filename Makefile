@@ -6,6 +6,7 @@
 # make bench-serving  measure serving beside a plain FastAPI endpoint
 # make bench-peers    measure it beside other model servers (sets them up first: 6 GB in PEERS, a quarter of an hour)
 # make bench-stages   what a request costs beside the engine, by stage
+# make bench-training  what recipes reach, and in what time, beside what was aimed at (hours)
 # make load      open-loop arrivals at half and 80 % of the peak, pass or fail
 # make overload  twice the peak for a minute, pass or fail
 # make soak      a million requests: memory, descriptors, threads, pass or fail
@@ -27,7 +28,7 @@ BENCH ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: setup serve test check docs train bench-serving bench-peers bench-stages load overload soak start targets image lock
+.PHONY: setup serve test check docs train bench-serving bench-peers bench-stages bench-training load overload soak start targets image lock
 
 setup: .venv/dev
 
@@ -59,6 +60,9 @@ bench-peers: .venv/dev
 
 bench-stages: .venv/dev
 	$(BIN)/python -m benchmarks.stages $(BENCH)
+
+bench-training: .venv/dev
+	$(BIN)/python -m benchmarks.training --docs $(BENCH)
 
 load: .venv/dev
 	$(BIN)/python -m benchmarks.load open

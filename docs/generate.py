@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import typer
+from pydantic import BaseModel
 
 from service.api import problems
 from service.app import create_app
@@ -18,6 +19,7 @@ from training import archives, events, intake, layout
 from training.__main__ import app as command_line
 from training.bundle import store
 from training.bundle.tuning import Tuning
+from training.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +41,19 @@ def tuning() -> str:
         for name, field in Tuning.model_fields.items()
     ]
     return table(("setting", "default", "what"), rows)
+
+
+def recipe() -> str:
+    """Every setting of a recipe."""
+    rows = []
+    for name, field in Recipe.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f"`{_plain(field.default)}`"
+        rows.append((f"`{name}`", default, field.description or ""))
+    return table(("setting", "default", "what"), rows)
+
+
+def _plain(value: object) -> str:
+    return value.model_dump_json() if isinstance(value, BaseModel) else json.dumps(value)
 
 
 def errors() -> str:
@@ -114,6 +129,7 @@ def results() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "recipe": recipe,
     "errors": errors,
     "refusals": refusals,
     "routes": routes,

@@ -44,7 +44,7 @@ from training.bundle.manifest import (
 from training.bundle.store import BundleRef
 from training.checkpoint import save_weights
 from training.datasets import Dataset, Split
-from training.recipes import Recipe
+from training.recipes import Muon, Recipe
 
 LEVELS = 16
 GREYS = tuple(f"grey-{level}" for level in range(LEVELS))
@@ -198,9 +198,7 @@ TINY = Recipe(
     arguments={"widths": [16], "stem_width": 8, "stem_kernel": 3, "activation": "relu"},
     epochs=4,
     batch_size=16,
-    filter_lr=0.1,
-    bias_lr=0.05,
-    head_lr=1e-3,
+    optimizer=Muon(filter_lr=0.1, bias_lr=0.05, head_lr=1e-3),
     label_smoothing=0.1,
     shift=1,
     holdout=0.2,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from training import SafelightError
 from training.bundle.manifest import BundleError
@@ -55,6 +55,9 @@ def train(
         int | None, typer.Option(help="The same seed gives the same weights on the same machine.  [default: 0]")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="The run's folder.  [default: runs/NAME-TIME]")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The run of the recipe's teacher.  [default: it is trained first]")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     publish: Annotated[bool, typer.Option(help="Export and publish at the end.")] = True,
     activate: Annotated[bool, typer.Option(help="Let the new version answer even where another is active.")] = False,
@@ -80,13 +83,14 @@ def train(
     from training import runs
     from training.bundle.store import check_model_name
     from training.datasets import find_source
+    from training.ranks import started_together
     from training.recipes import override
     from training.recipes import recipe as find_recipe
 
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("name a recipe, or a run to --resume; one of the two")
     if resume is not None:
-        if any(value is not None for value in (dataset, name, settings, seed, run)) or strict:
+        if any(value is not None for value in (dataset, name, settings, seed, run, teacher)) or strict:
             raise typer.BadParameter("what a run trains is settled: --resume goes with none of the options that say it")
         folder = resume
     else:
@@ -95,9 +99,12 @@ def train(
             raise typer.BadParameter(f"another data set makes another model than {chosen.name}: give it a --name")
         model = name or chosen.name
         check_model_name(model)
+        if run is None and started_together():
+            raise typer.BadParameter("processes that train together must be told their --run: a folder for all of them")
         folder = run or Path("runs") / f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
         source = find_source(dataset or chosen.dataset)
         plan = {"model": model, "recipe": chosen, "seed": seed or 0, "dataset": source, "strict": strict}
+        plan |= {"teacher": teacher.absolute()} if teacher else {}
         runs.create(folder, runs.Plan.model_validate(plan))
     options = runs.Options(artifacts=artifacts, data=data, device=device, download=download, activate=activate)
     _execute(folder, options, resume=resume is not None, publish=publish, as_json=as_json)
@@ -234,7 +241,7 @@ def export(
 
 
 def _execute(folder: Path, options: Any, *, resume: bool, publish: bool, as_json: bool) -> None:
-    from training import loop, runs
+    from training import loop, ranks, runs
     from training.display import Display
 
     # Beside the loop, which finishes its step first, both signals stop at once; what is unfinished is cleaned up.
@@ -257,6 +264,8 @@ def _execute(folder: Path, options: Any, *, resume: bool, publish: bool, as_json
     except loop.Diverged as error:
         _say(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(3) from None
+    if not ranks.is_first():
+        return
     if published is None:
         _say(f"trained; publish it with:\n  safelight export {escape(str(folder))}")
         return
@@ -394,7 +403,7 @@ def recipes(as_json: AsJson = False) -> None:
         ]
         print(json.dumps(rows, indent=1))
         return
-    table = Table("recipe", "what", "parameters", "MACs", "epochs", "expected accuracy")
+    table = Table(Column("recipe", no_wrap=True), "what", "parameters", "MACs", "epochs", "expected accuracy")
     for recipe in RECIPES.values():
         parameters, macs = costs[recipe.name]
         expected = "" if recipe.expected_accuracy is None else f"{recipe.expected_accuracy:.1%}"

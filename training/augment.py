@@ -10,22 +10,38 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 
-def random_shift(images: Tensor, shift: int, generator: Generator) -> Tensor:
-    """Move each image [N, C, H, W] by up to `shift` pixels in each direction, with the border reflected."""
+def random_shifts(count: int, shift: int, step: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """How far down and to the right each image is moved: [N] and [N], multiples of `step` between ± `shift`."""
+    places = 2 * (shift // step) + 1
+    down, right = (torch.randint(0, places, (2, count), generator=generator) - shift // step) * step
+    return down, right
+
+
+def move(images: Tensor, down: Tensor, right: Tensor, shift: int) -> Tensor:
+    """Move each image [N, C, H, W] by so many pixels [N], at most `shift`, with the border reflected."""
     height, width = images.shape[2:]
     padded = F.pad(images.float(), (shift,) * 4, mode="reflect")
-    down, right = torch.randint(0, 2 * shift + 1, (2, len(images)), generator=generator)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, 2 * shift + 1, 2 * shift + 1, H, W], a view
-    return windows[torch.arange(len(images)), :, down, right]
+    return windows[torch.arange(len(images)), :, shift + down, shift + right]
 
 
-def flip_alternating(images: Tensor, first: Tensor, epoch: int) -> Tensor:
-    """Mirror images [N, C, H, W]: those marked in `first` [N] on even epochs, the others on odd ones.
+def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror those images [N, C, H, W] that are marked [N]."""
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
-    Each image is then seen both ways in any two epochs, which random flips don't grant (Jordan, 2024).
-    """
-    flip = first ^ (epoch % 2 == 1)
-    return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+
+def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
+    """Cover a square of `size` pixels of each image [N, C, H, W] with the mean of all; it lies wholly inside (DeVries
+    and Taylor, 2017)."""
+    height, width = images.shape[2:]
+    top = torch.randint(0, height - size + 1, (len(images), 1), generator=generator)
+    left = torch.randint(0, width - size + 1, (len(images), 1), generator=generator)
+    rows, columns = torch.arange(height), torch.arange(width)
+    covered_rows = (rows >= top) & (rows < top + size)  # [N, H]
+    covered_columns = (columns >= left) & (columns < left + size)  # [N, W]
+    covered = (covered_rows[:, :, None] & covered_columns[:, None, :]).unsqueeze(1)  # [N, 1, H, W]
+    mean = images.float().mean((0, 2, 3), keepdim=True)  # [1, C, 1, 1]
+    return torch.where(covered, mean, images)
 
 
 def random_affine(

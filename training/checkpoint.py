@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from training import SafelightError
 from training.bundle.manifest import CHECKPOINT, Manifest
-from training.networks import ConvNet, build
+from training.networks import Network, build
 
 
 class CheckpointError(SafelightError):
@@ -41,6 +41,17 @@ class State:
     seen: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # one row an epoch
     attempt: int = 0  # of fine-tuning: how often it went back to here with smaller steps
+    gradients: list[dict[str, float]] = field(default_factory=list)  # their lengths by layer, one row an epoch
+    over: bool = False  # before its last step: nothing got better any more
+    best: dict[str, Tensor] | None = None  # the weights with the best hold-out accuracy so far, where they are kept
+
+    def count(self, loss_sum: float, right: int, seen: int, seconds: float) -> None:
+        """One more step is done: `seen` pictures, so many of them `right`; `seconds` since the run began."""
+        self.step += 1
+        self.loss_sum += loss_sum
+        self.right += right
+        self.seen += seen
+        self.seconds = seconds
 
 
 def save(path: Path, state: State, network: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -91,7 +102,7 @@ def read_progress(path: Path) -> tuple[int, int]:
     """Steps done and steps in all. Raises CheckpointError."""
     with reading(path) as content:
         state = State(**content["state"])
-        return state.step, state.identity["steps"]
+        return (state.identity["steps"] if state.over else state.step), state.identity["steps"]
 
 
 @contextmanager
@@ -140,7 +151,7 @@ def _serialized(network: nn.Module) -> bytes:
     return serialize(tensors)
 
 
-def load_network(folder: Path, manifest: Manifest) -> ConvNet:
+def load_network(folder: Path, manifest: Manifest) -> Network:
     """Build a bundle's network and load its weights, running no code from the file. Raises CheckpointError."""
     try:
         network = build(manifest.network.name, manifest.network.arguments)

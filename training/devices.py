@@ -1,11 +1,16 @@
 """What this machine is: its device, and which number format is fast on it."""
 
 import ctypes
+import functools
 import sys
+import time
 
 import torch
 
 from training import SafelightError
+
+MEASURED_ROUNDS = 8
+WORTH_IT = 1.2  # times as fast as float32, at least: bfloat16 has its own price
 
 
 class DeviceUnavailable(SafelightError):
@@ -42,17 +47,36 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
+@functools.cache
 def training_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies matrices in it, else float32.
+    """bfloat16 where this device convolves faster in it, else float32.
 
-    A CPU with AVX-512's bf16 instructions but without AMX tiles computes convolutions in bf16 at about half its float32
-    rate (measured: 170 against 310 GFLOP/s on two cores), so AMX is what counts.
+    A CPU is measured, for its instructions don't tell: with AMX tiles bfloat16 takes a quarter of the time, with
+    AVX-512's alone half of it on AMD's Zen 5 and twice as long on an Intel Xeon whose tiles are hidden.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_tiles = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if has_tiles else torch.float32
+    capable = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if device.type != "cpu" or not capable:
+        return torch.float32
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # whose own time is told whatever else the machine is doing
+    seconds = {dtype: _convolution_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    torch.set_num_threads(threads)
+    return torch.bfloat16 if seconds[torch.bfloat16] * WORTH_IT < seconds[torch.float32] else torch.float32
+
+
+def _convolution_seconds(dtype: torch.dtype) -> float:
+    """Processor time of a convolution of a common size, there and back: the least of a few."""
+    images = torch.ones(16, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    filters = torch.ones(64, 64, 3, 3, dtype=dtype, requires_grad=True)
+    seconds = []
+    for _ in range(MEASURED_ROUNDS):
+        begun = time.thread_time()
+        torch.autograd.grad(torch.conv2d(images, filters, padding=1).sum(), (images, filters))
+        seconds.append(time.thread_time() - begun)
+    return min(seconds)
 
 
 def keep_freed_memory() -> None:

@@ -70,10 +70,15 @@ def pen_digit(
 
 
 def golden_images(spec: InputSpec, seed: int = 0) -> NDArray[np.uint8]:
-    """The 256 golden inputs of an input, uint8 [256, C, H, W]: digits, shapes, textures and noise in turn."""
+    """The 256 golden inputs of an input, uint8 [256, C, H, W]."""
+    return drawn_images(spec, SAMPLES, str(seed))
+
+
+def drawn_images(spec: InputSpec, count: int, seed: str) -> NDArray[np.uint8]:
+    """Digits, shapes, textures and noise in turn, uint8 [count, C, H, W]; the same for the same seed."""
     random = Random(f"{seed} {spec.shape}")
     kinds: list[Callable[[Random], Image.Image]] = [_digit, _shapes, _texture, _noise]
-    return np.stack([_fitted(kinds[i % len(kinds)](random), spec) for i in range(SAMPLES)])
+    return np.stack([_fitted(kinds[i % len(kinds)](random), spec) for i in range(count)])
 
 
 def _fitted(image: Image.Image, spec: InputSpec) -> Pixels:

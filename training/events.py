@@ -2,11 +2,14 @@
 
 import errno
 import re
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+STEP_SECONDS = 0.1
 
 
 class _Event(BaseModel):
@@ -52,10 +55,10 @@ class Progress(_Event):
 
 
 class Phase(_Event):
-    """How far a fine-tuning run is with what it does beside training: before it, and after."""
+    """How far a run is with what it does beside training: before it, and after."""
 
     event: Literal["phase"] = "phase"
-    phase: Literal["heads", "judging"]
+    phase: Literal["heads", "judging", "lessons"]
     step: int
     steps: int
     seconds_left: float | None = None  # of this phase
@@ -170,15 +173,36 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 class EventLog:
-    """Appends events to a file, each written at once; what a kill cut short is taken away first."""
+    """Appends events to a file, each written at once; what a kill cut short is taken away first.
+
+    Of steps that take less than `STEP_SECONDS` only some are written, and always the last before another event.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("ab", buffering=0)
+        self._written = -STEP_SECONDS
+        self._kept_back: Progress | None = None
         if path.stat().st_size:
             self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
     def __call__(self, event: Event) -> None:
-        self._file.write(event.model_dump_json().encode() + b"\n")
+        if isinstance(event, Progress) and time.monotonic() < self._written + STEP_SECONDS:
+            self._kept_back = event
+            return
+        if not isinstance(event, Progress):
+            self._write_kept_back()
+        self._write(event)
 
     def close(self) -> None:
+        self._write_kept_back()
         self._file.close()
+
+    def _write_kept_back(self) -> None:
+        if self._kept_back is not None:
+            self._write(self._kept_back)
+
+    def _write(self, event: Event) -> None:
+        self._file.write(event.model_dump_json().encode() + b"\n")
+        self._kept_back = None
+        if isinstance(event, Progress):
+            self._written = time.monotonic()

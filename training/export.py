@@ -44,9 +44,10 @@ from training.drawings import golden_images
 from training.evaluate import confusion, infer, metrics
 from training.gate import Verdict
 from training.loop import Trained
-from training.networks import ConvNet, macs, parameters
+from training.networks import Network, macs, parameters
 from training.recipes import Recipe
 from training.report import History
+from training.trials import Trials
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 OOD_SCORE: Score = "energy"
@@ -129,7 +130,7 @@ def origin(trained: Trained, dataset: Dataset, recipe: Recipe, *, seed: int, mod
 
 
 def export(
-    network: ConvNet,
+    network: Network,
     origin: Origin,
     measured: Measured,
     history: History,
@@ -138,6 +139,8 @@ def export(
     replay: Replay | None = None,
     int8: Int8 | None = None,
     verdict: Verdict | None = None,
+    trials: Trials | None = None,
+    pictures: Sequence[Path] = (),
 ) -> BundleRef:
     """Write, load back, compare, publish. Raises ExportFailed where the comparison fails; then nothing is published."""
     network = network.cpu().float().eval()
@@ -177,7 +180,15 @@ def export(
             write_int8(folder / INT8, int8)
         draft = describe("1", folder)  # the number is given at the end, by publish
         _check(folder, draft)
-        report.write(folder / "report", draft, history, measured.confusion, verdict)
+        report.write(
+            folder / "report",
+            draft,
+            history,
+            measured.confusion,
+            verdict=verdict,
+            trials=trials,
+            pictures=pictures,
+        )
         return store.publish(folder, artifacts, origin.model, lambda version: describe(version, folder))
 
 
@@ -214,12 +225,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def write_module(path: Path, network: ConvNet, shape: tuple[int, int, int]) -> None:
+def write_module(path: Path, network: Network, shape: tuple[int, int, int]) -> None:
     """Trace the folded network: uint8 [N, C, H, W] to float32 logits [N, K], for any N."""
     _trace(path, network.folded().to(memory_format=torch.contiguous_format), shape)
 
 
-def write_portable_module(path: Path, network: ConvNet, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def write_portable_module(path: Path, network: Network, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """As `write_module`, for servers that run what they are given as it is: computed in `dtype`, weights channels last.
 
     On CPUs, convolutions take that order faster; a bundle doesn't need it, as its engine arranges the weights itself.
@@ -227,7 +238,7 @@ def write_portable_module(path: Path, network: ConvNet, shape: tuple[int, int, i
     _trace(path, network.folded().to(dtype), shape)
 
 
-def _trace(path: Path, network: ConvNet, shape: tuple[int, int, int]) -> None:
+def _trace(path: Path, network: Network, shape: tuple[int, int, int]) -> None:
     example = torch.zeros(2, *shape, dtype=torch.uint8)
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(_Exported(network), example, check_trace=False)  # `_check` says more, in less time
@@ -255,7 +266,7 @@ def read_module(path: Path) -> nn.Module:
 class _Exported(nn.Module):
     """A folded network with its logits in float32, whatever it computes in."""
 
-    def __init__(self, network: ConvNet) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 

@@ -55,6 +55,10 @@ TIMED_ROUNDS = 30
 CHECKED_IN_INT8 = 1000  # test pictures at most; more would take longer than they tell
 
 
+class BaseUnsuitable(SafelightError):
+    """Only the networks that our own models have, `convnet`, can be fine-tuned."""
+
+
 class RunInvalid(SafelightError):
     """A folder that holds no fine-tuning run, or already holds one."""
 
@@ -164,7 +168,7 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     return Task(
         plan=plan,
         manifest=manifest,
-        network=checkpoint.load_network(bundle, manifest),
+        network=load_base(bundle, manifest),
         classes=classes,
         pictures=pictures,
         labels=torch.tensor([places[folded(label)] for label in pictures.classes])[pictures.everything.labels],
@@ -172,6 +176,16 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
         flip=mirrored if plan.tuning.flip is None else plan.tuning.flip,
         device=choose_device(options.device),
     )
+
+
+def load_base(bundle: Path, manifest: Manifest) -> ConvNet:
+    """Raises BaseUnsuitable, CheckpointError."""
+    network = checkpoint.load_network(bundle, manifest)
+    if not isinstance(network, ConvNet):
+        raise BaseUnsuitable(
+            f"{manifest.model}@{manifest.version} is a {manifest.network.name}; only a convnet can be fine-tuned"
+        )
+    return network
 
 
 def load_pictures(plan: Plan, base: intake.Base, folder: Path, options: Options, tell: Emit) -> Pictures:
@@ -284,7 +298,7 @@ def active_rival(task: Task, options: Options) -> Rival | None:
     manifest = store.read_manifest(options.artifacts, ref)
     if manifest.input != task.manifest.input:
         return None  # it sees other pixels: its answers to these mean nothing
-    return Rival(manifest, checkpoint.load_network(ref.path(options.artifacts), manifest))
+    return Rival(manifest, load_base(ref.path(options.artifacts), manifest))
 
 
 def rival_answers(rival: Rival, task: Task, candidate: Candidate) -> Probabilities:

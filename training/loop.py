@@ -15,23 +15,27 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from training import augment, checkpoint, events
 from training.checkpoint import State
+from training.costs import cost, held_out_cost, penalty
 from training.datasets import Dataset, Split, holdout
 from training.devices import device_name, training_precision
+from training.drawings import drawn_images
 from training.evaluate import accuracy, infer
 from training.hold import working_time
-from training.networks import ConvNet, build
-from training.optimizers import build_optimizers, set_learning_rate
-from training.recipes import Recipe
+from training.lessons import Lessons
+from training.networks import Network, build
+from training.optimizers import build_optimizers, clip_gradient, gradient_norms, set_learning_rate
+from training.ranks import ALONE, Ranks
+from training.recipes import Muon, Recipe
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from training.board import Board
 
 CHECKPOINT = "checkpoint.pt"
+STRANGERS = 4000  # are drawn, once; batches take theirs from them
 
 Emit = Callable[[events.Event], None]
 
@@ -47,7 +51,7 @@ class Interrupted(Exception):
 class Diverged(Exception):
     """The loss or the weights stopped being finite at `step`; the last checkpoint holds the last good weights."""
 
-    def __init__(self, step: int, good_step: int, lower: str = "filter_lr, bias_lr or head_lr") -> None:
+    def __init__(self, step: int, good_step: int, lower: str = "the optimizer's learning rate") -> None:
         super().__init__(
             f"the loss is not finite at step {step}; the weights of step {good_step} are kept. Lower {lower}"
         )
@@ -56,7 +60,7 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Trained:
-    network: ConvNet
+    network: Network
     train: Split  # what the weights were fitted to
     held: Split  # what was kept back of the training split
     history: list[dict[str, float]]
@@ -73,121 +77,171 @@ def train(
     seed: int,
     device: torch.device,
     resume: bool = False,
+    lessons: Lessons | None = None,
+    ranks: Ranks = ALONE,
+    watched: bool = True,
     emit: Emit,
 ) -> Trained:
-    """Train a network by a recipe, in the folder `run`. Raises Interrupted, Diverged, CheckpointError."""
-    from torch.utils.tensorboard import SummaryWriter  # a quarter of a second; fine-tuning, which imports us, has none
+    """Train a network by a recipe, in the folder `run`; `lessons` are a teacher's, where the recipe has one.
 
+    Where it is `watched`, curves and pictures are written while it goes on.
+
+    Raises Interrupted, Diverged, CheckpointError.
+    """
     torch.manual_seed(seed)
     fitted, held = holdout(dataset.train, recipe.holdout)
-    batches = Batches(fitted, recipe, seed, device)
+    batches = Batches(fitted, recipe, seed, device, lessons, ranks)
     steps = max(1, round(recipe.epochs * batches.per_epoch))
-    precision = training_precision(device)
+    scale = batches.size if isinstance(recipe.optimizer, Muon) else 1  # Muon's rates are per example
+    precision = torch.float32 if recipe.precision == "float32" else training_precision(device)
 
     network = new_network(recipe, dataset)
     network.initialize(fitted.images)
     network = network.to(device)
     optimizers = build_optimizers(network, recipe, batches.size)
     identity = {"recipe": recipe.model_dump(mode="json"), "seed": seed, "dataset": dataset.sha256, "steps": steps}
-    arithmetic = arithmetic_of(device, precision)
-    path = run / CHECKPOINT
-    if resume:
-        state = checkpoint.load(path, identity, network, optimizers)
-        if state.arithmetic != arithmetic and state.step < steps:
-            emit(events.Notice(message=f"begun with {state.arithmetic}, goes on with {arithmetic}: not bit for bit"))
-    else:
-        state = State(identity, arithmetic)
-        checkpoint.save(path, state, network, optimizers)
-    good_step = state.step
+    identity |= {"teacher": lessons.teacher} if lessons else {}
+    keeper = Keeper(run / CHECKPOINT, network, optimizers, ranks, emit)
+    state = keeper.begin(State(identity, arithmetic_of(device, precision)), resume)
 
-    emit(_started(recipe, dataset, seed, device, precision, state.step, steps))
-    with stop_signals() as stopped, SummaryWriter(run / "tensorboard", purge_step=state.step + 1) as board:
+    emit(_started(recipe, dataset, seed, device, state, steps))
+    with stop_signals() as stopped, _shown(run, state.step, watched and ranks.is_first) as shown:
         clock = Clock(batches.size, steps, state)
-        while state.step < steps:
-            images, labels = batches.at(state.step)
+        while state.step < steps and not state.over:
+            batch = batches.at(state.step)
+            if state.step == 0:
+                shown.begun(batch.images, batch.labels, dataset.classes)
 
-            set_learning_rate(optimizers, progress=state.step / steps)
+            set_learning_rate(optimizers, recipe, state.step, steps)
             network.train()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
-                logits = network(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing, reduction="sum")
-            if not math.isfinite(loss_sum := loss.item()):
-                raise Diverged(state.step, good_step)
-            loss.backward()
+            network.zero_grad()
+            seed_dropout(seed_of(seed, "dropout", state.step), device)
+            with in_precision_of(state, device):
+                outputs = network(batch.images)
+            loss = cost(recipe, outputs.float(), batch.labels, batch.taught)
+            ((loss + penalty(recipe, network)) * scale).backward()
+            ranks.average_gradients(network, len(batch.labels) / batches.size)
+            right = float((outputs[: len(batch.labels)].argmax(1) == batch.labels).sum())
+            loss_sum, right = ranks.sum([loss.item() * len(batch.labels), right], device)
+            if not math.isfinite(loss_sum):
+                raise Diverged(state.step, keeper.good_step)
+            clip_gradient(network, recipe.clip_norm)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
 
-            state.step += 1
-            state.loss_sum += loss_sum
-            state.right += int((logits.argmax(1) == labels).sum())
-            state.seen += len(labels)
-            state.seconds = clock.seconds()
-            emit(clock.progress(state.step / batches.per_epoch, loss_sum / len(labels), state.right / state.seen))
-
+            state.count(loss_sum, int(right), batches.size, clock.seconds())
+            emit(clock.progress(state.step / batches.per_epoch, loss_sum / batches.size, state.right / state.seen))
             if state.step % batches.per_epoch == 0 or state.step == steps:
-                row = _end_epoch(state, network, held, device, batches.per_epoch)
-                _log(board, row)
+                row = _end_epoch(state, recipe, network, held, device, batches.per_epoch)
+                shown.epoch(row, state.gradients[-1])
+                keeper.keep_best(state, recipe)
                 emit(events.Epoch.model_validate(row))
-                good_step = _save(path, state, network, optimizers, good_step)
-                emit(events.Checkpointed(step=state.step, path=str(path)))
-            if stopped():
-                _save(path, state, network, optimizers, good_step)
-                emit(events.Checkpointed(step=state.step, path=str(path)))
+                keeper.save(state)
+            if any(ranks.sum([stopped()], device)):  # all of them, or the others would wait for this one
+                keeper.save(state)
                 emit(events.Interrupted(step=state.step))
                 raise Interrupted(state.step)
+        if state.best is not None:
+            network.load_state_dict(state.best)
+        shown.ended(network, fitted.images[0], state.gradients, state.step)
     return Trained(network.eval(), fitted, held, state.history, state.seconds, state.arithmetic, device)
 
 
-def new_network(recipe: Recipe, dataset: Dataset) -> ConvNet:
+def new_network(recipe: Recipe, dataset: Dataset) -> Network:
     arguments = recipe.arguments | {"channels": recipe.input.channels, "classes": len(dataset.classes)}
     return build(recipe.network, arguments)
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor  # [B + S, C, H, W], pixels 0 … 255 of some type; the last S are strangers
+    labels: Tensor  # [B]
+    taught: Tensor | None  # [B, K], a teacher's logits of these very views
 
 
 class Batches:
     """Augmented batches, each a function of the seed and the step. Every epoch has its own order; the rest that doesn't
     fill a batch is left for another epoch's order to bring in."""
 
-    def __init__(self, split: Split, recipe: Recipe, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        lessons: Lessons | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.split = split
         self.recipe = recipe
         self.seed = seed
         self.device = device
+        self.lessons = lessons
+        self.ranks = ranks
         self.size = min(recipe.batch_size, len(split))
+        self.strangers = _drawn(recipe, seed)  # [D, C, H, W]
         self.per_epoch = len(split) // self.size
         self._mirrored_first = torch.rand(len(split), generator=generator(seed, "mirror")) < 0.5  # [N]
         self._order = self._epoch_order(0)
 
-    def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W], pixels 0 … 255 of some type, and labels [B], of one step."""
+    def at(self, step: int) -> Batch:
         epoch, place = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             self._order = self._epoch_order(epoch)
-        index = self._order[1][place * self.size : (place + 1) * self.size]  # [B]
-        images, recipe, random = self.split.images[index], self.recipe, generator(self.seed, "augment", step)
+        index = self.ranks.share(self._order[1][place * self.size : (place + 1) * self.size])  # [B]
+        random = generator(self.seed, "augment", step * self.ranks.count + self.ranks.rank)
+        images, recipe = self.split.images[index], self.recipe
         if recipe.affine.moves:
             images = augment.random_affine(images, **recipe.affine.model_dump(), generator=random)
+        down = right = torch.zeros(len(index), dtype=torch.long)
         if recipe.shift:
-            images = augment.random_shift(images, recipe.shift, random)
-        if recipe.flip:
-            images = augment.flip_alternating(images, self._mirrored_first[index], epoch)
+            down, right = augment.random_shifts(len(index), recipe.shift, recipe.shift_step, random)
+            images = augment.move(images, down, right, recipe.shift)
+        mirrored = torch.zeros(len(index), dtype=torch.bool)
+        if recipe.flip:  # in any two epochs each image is seen both ways, which chance doesn't grant (Jordan, 2024)
+            mirrored = self._mirrored_first[index] ^ (epoch % 2 == 1)
+            images = augment.mirror(images, mirrored)
+        if recipe.cutout:
+            images = augment.cutout(images, recipe.cutout, random)
+        if recipe.strangers:
+            strange = torch.randint(len(self.strangers), (round(recipe.strangers * len(index)),), generator=random)
+            images = torch.cat([images.float(), self.strangers[strange].float()])
+        taught = None if self.lessons is None else self.lessons.of(index, mirrored, down, right).to(self.device)
         images = images.to(self.device, memory_format=torch.channels_last)
-        return images, self.split.labels[index].to(self.device)
+        return Batch(images, self.split.labels[index].to(self.device), taught)
 
     def _epoch_order(self, epoch: int) -> tuple[int, Tensor]:
         return epoch, torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch))
 
 
+def _drawn(recipe: Recipe, seed: int) -> Tensor:
+    if not recipe.strangers:
+        return torch.empty(0)
+    return torch.from_numpy(drawn_images(recipe.input, STRANGERS, f"strangers {seed}"))
+
+
 def generator(*key: int | str) -> Generator:
     """Randomness by name: the same key gives the same numbers, on any machine and after any restart."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed, which also notes its caller's stack for each device that isn't there: as long as a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def seed_of(*key: int | str) -> int:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big", signed=True)
 
 
 # --- the parts that would clutter the loop ----------------------------------------------------------------------------
 
 
-def _end_epoch(state: State, network: ConvNet, held: Split, device: torch.device, per_epoch: int) -> dict[str, Any]:
+def _end_epoch(
+    state: State, recipe: Recipe, network: Network, held: Split, device: torch.device, per_epoch: int
+) -> dict[str, Any]:
     """Close the epoch's sums into a row of the history, with the hold-out's figures beside them."""
     logits = infer(network, held.images, device)
     row = {
@@ -195,21 +249,81 @@ def _end_epoch(state: State, network: ConvNet, held: Split, device: torch.device
         "step": state.step,
         "train_loss": state.loss_sum / state.seen,
         "train_accuracy": state.right / state.seen,
-        "holdout_loss": float(F.cross_entropy(logits, held.labels)),
+        "holdout_loss": held_out_cost(recipe, logits, held.labels),
         "holdout_accuracy": accuracy(logits, held.labels),
         "seconds": state.seconds,
     }
     state.history.append(row)
+    state.gradients.append(gradient_norms(network))
     state.loss_sum, state.right, state.seen = 0.0, 0, 0
     return row
 
 
-def _save(path: Path, state: State, network: ConvNet, optimizers: list[torch.optim.Optimizer], good_step: int) -> int:
-    """Save, or where the last step has ruined the weights, say so and leave the last good checkpoint alone."""
-    if not checkpoint.all_finite(network):
-        raise Diverged(state.step, good_step)
-    checkpoint.save(path, state, network, optimizers)
-    return state.step
+@contextmanager
+def _shown(run: Path, step: int, watched: bool) -> Iterator["Board | Unwatched"]:
+    if not watched:
+        yield Unwatched()
+        return
+    from training.board import Board  # half a second of tensorboard and matplotlib, which fine-tuning doesn't need
+
+    with Board(run, step) as board:
+        yield board
+
+
+class Unwatched:
+    """A board that nobody looks at."""
+
+    def begun(self, *_: object) -> None: ...
+
+    def epoch(self, *_: object) -> None: ...
+
+    def ended(self, *_: object) -> None: ...
+
+
+class Keeper:
+    """Owns a run's checkpoint. Of several processes the first alone writes it, and all read it."""
+
+    def __init__(
+        self, path: Path, network: Network, optimizers: list[torch.optim.Optimizer], ranks: Ranks, emit: Emit
+    ) -> None:
+        self.path, self.network, self.optimizers, self.ranks, self.emit = path, network, optimizers, ranks, emit
+        self.good_step = 0
+
+    def begin(self, anew: State, resume: bool) -> State:
+        """Where the run stands. Raises CheckpointError where it can't be gone on with."""
+        if not resume:
+            self._write(anew)
+            return anew
+        state = checkpoint.load(self.path, anew.identity, self.network, self.optimizers)
+        self.good_step = state.step
+        anew.arithmetic["precision"] = state.arithmetic["precision"]  # as it was begun, whatever is measured now
+        if state.arithmetic != anew.arithmetic and state.step < state.identity["steps"]:
+            words = f"begun with {state.arithmetic}, goes on with {anew.arithmetic}: not bit for bit"
+            self.emit(events.Notice(message=words))
+        return state
+
+    def save(self, state: State) -> None:
+        """Raises Diverged where the last step has ruined the weights; the last good checkpoint stays."""
+        if not checkpoint.all_finite(self.network):
+            raise Diverged(state.step, self.good_step)
+        self._write(state)
+        self.good_step = state.step
+        self.emit(events.Checkpointed(step=state.step, path=str(self.path)))
+
+    def _write(self, state: State) -> None:
+        if self.ranks.is_first:
+            checkpoint.save(self.path, state, self.network, self.optimizers)
+
+    def keep_best(self, state: State, recipe: Recipe) -> None:
+        """With patience, keep the weights of the epoch that did best on the hold-out; the run is over once that is long
+        ago."""
+        if recipe.patience is None:
+            return
+        found = [row["holdout_accuracy"] for row in state.history]
+        since = len(found) - 1 - found.index(max(found))
+        if since == 0:
+            state.best = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
+        state.over = since >= recipe.patience
 
 
 def arithmetic_of(device: torch.device, precision: torch.dtype) -> dict[str, str]:
@@ -221,24 +335,23 @@ def arithmetic_of(device: torch.device, precision: torch.dtype) -> dict[str, str
     }
 
 
+def in_precision_of(state: State, device: torch.device) -> torch.autocast:
+    """What a run computes its convolutions in, from its beginning to its end."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=state.arithmetic["precision"] == "bfloat16")
+
+
 def _started(
-    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, precision: torch.dtype, step: int, steps: int
+    recipe: Recipe, dataset: Dataset, seed: int, device: torch.device, state: State, steps: int
 ) -> events.Started:
     return events.Started(
         recipe=recipe.name,
         dataset=dataset.name,
         seed=seed,
         device=device.type,
-        precision=str(precision).removeprefix("torch."),
+        precision=state.arithmetic["precision"],
         steps=steps,
-        step=step,
+        step=state.step,
     )
-
-
-def _log(board: "SummaryWriter", row: dict[str, Any]) -> None:
-    for name in ("loss", "accuracy"):
-        for part in ("train", "holdout"):
-            board.add_scalar(f"{name}/{part}", row[f"{part}_{name}"], row["step"])
 
 
 class Clock:

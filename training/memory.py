@@ -6,7 +6,7 @@ from torch import Tensor
 
 from training.bundle.replay import DIGEST_BYTES, Features, Labels, Replay, pixel_digest
 from training.datasets import Split
-from training.networks import ConvNet
+from training.networks import Network
 
 MOST_BYTES = (
     990_000  # of digests, and features of as many training as test pictures; the rest of the megabyte is header
@@ -16,7 +16,7 @@ MOST_PER_CLASS = 100
 LABEL_BYTES = 8
 
 
-def remember(network: ConvNet, train: Split, test: Split, classes: int) -> Replay:
+def remember(network: Network, train: Split, test: Split, classes: int) -> Replay:
     """Digests of the test set, and features of equally many pictures of each class: none where not one would fit."""
     digests = np.stack([pixel_digest(image) for image in test.images[:MOST_DIGESTS].numpy()])
     room = (MOST_BYTES - len(digests) * DIGEST_BYTES) // 2
@@ -27,7 +27,7 @@ def remember(network: ConvNet, train: Split, test: Split, classes: int) -> Repla
 
 
 @torch.inference_mode()
-def _sample(network: ConvNet, split: Split, count: int) -> tuple[Features, Labels]:
+def _sample(network: Network, split: Split, count: int) -> tuple[Features, Labels]:
     """Features [n, D] of the first pictures of each class, in the split's order, and their labels [n]."""
     chosen = torch.cat([(split.labels == label).nonzero().squeeze(1)[:count] for label in split.labels.unique()])
     device = next(network.parameters()).device

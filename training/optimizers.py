@@ -1,10 +1,12 @@
-"""Muon for the convolutions, Nesterov SGD for the few parameters beside them."""
+"""Optimizers: torch's, and Muon; which parameter goes to which; and the learning rate's way."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from training import recipes
 from training.recipes import Recipe
 
 
@@ -49,30 +51,71 @@ def orthogonal(matrix: Tensor, iterations: int = 3) -> Tensor:
 
 
 def build_optimizers(network: nn.Module, recipe: Recipe, batch_size: int) -> list[torch.optim.Optimizer]:
-    """Sort the trainable parameters by shape: filters to Muon, biases and the head to SGD."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    filters = [parameter for parameter in trainable if parameter.ndim == 4]
-    biases = [parameter for parameter in trainable if parameter.ndim == 1]
-    heads = [parameter for parameter in trainable if parameter.ndim == 2]
-    # torch multiplies weight decay by the learning rate; dividing first makes it a share lost per step.
-    decay = recipe.weight_decay * batch_size
-    rest = [
-        {"params": biases, "lr": recipe.bias_lr, "weight_decay": decay / recipe.bias_lr},
-        {"params": heads, "lr": recipe.head_lr, "weight_decay": decay / recipe.head_lr},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(filters, lr=recipe.filter_lr, momentum=recipe.filter_momentum),
-        torch.optim.SGD(rest, lr=recipe.head_lr, momentum=recipe.momentum, nesterov=True),
-    ]
+    """The recipe's optimizers of everything that is trained, each group with its peak learning rate."""
+    match recipe.optimizer:
+        case recipes.Muon() as settings:
+            optimizers = _muon_beside_sgd(network, settings, batch_size)
+        case recipes.SGD() as settings:
+            groups = _decayed(network, settings.weight_decay)
+            momentum, nesterov = settings.momentum, settings.nesterov
+            optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=nesterov)]
+        case recipes.Adam() as settings:
+            adam = torch.optim.Adam if settings.kind == "adam" else torch.optim.AdamW
+            optimizers = [adam(_decayed(network, settings.weight_decay), lr=settings.lr, betas=settings.betas)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], progress: float) -> None:
-    """From the peak straight down to zero; `progress` is the share of the run that is done. No warm-up: Muon's steps
-    have a fixed size, so the first ones are no larger than the others."""
+def _muon_beside_sgd(network: nn.Module, settings: recipes.Muon, batch_size: int) -> list[torch.optim.Optimizer]:
+    """Sort the trainable parameters by shape: filters to Muon, biases and the head to SGD."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    filters = [parameter for parameter in trainable if parameter.ndim == 4]
+    biases = [parameter for parameter in trainable if parameter.ndim == 1]
+    heads = [parameter for parameter in trainable if parameter.ndim == 2]
+    # torch multiplies weight decay by the learning rate; dividing first makes it a share lost per step.
+    decay = settings.weight_decay * batch_size
+    rest = [
+        {"params": biases, "lr": settings.bias_lr, "weight_decay": decay / settings.bias_lr},
+        {"params": heads, "lr": settings.head_lr, "weight_decay": decay / settings.head_lr},
+    ]
+    sgd = torch.optim.SGD(rest, lr=settings.head_lr, momentum=settings.momentum, nesterov=True)
+    return [Muon(filters, lr=settings.filter_lr, momentum=settings.filter_momentum), sgd] if filters else [sgd]
+
+
+def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights decay; biases and the scales of norms, which have one dimension, don't."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def clip_gradient(network: nn.Module, longest: float | None) -> None:
+    """Shorten the gradient, of all parameters together, where it is longer than that."""
+    if longest is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), longest)
+
+
+def gradient_norms(network: nn.Module) -> dict[str, float]:
+    """Of each layer's weights, in order, by name."""
+    weights = {name: one for name, one in network.named_parameters() if one.ndim > 1 and one.grad is not None}
+    return {
+        name.removesuffix(".weight"): float(one.grad.norm()) for name, one in weights.items() if one.grad is not None
+    }
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], recipe: Recipe, step: int, steps: int) -> None:
+    """Before a step, of `steps` in all: up to the peak, where the recipe has a warm-up, and along its schedule to zero.
+
+    Muon needs no warm-up: its steps have a fixed size, so the first ones are no larger than the others.
+    """
+    left = 1 - step / steps
+    share = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}[recipe.schedule]
+    if recipe.warm_up:
+        share = min(share, (step + 1) / (recipe.warm_up * steps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 - progress)
+            group["lr"] = group["peak"] * share

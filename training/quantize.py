@@ -24,7 +24,7 @@ from training.datasets import Split
 from training.drawings import golden_images
 from training.evaluate import accuracy, infer
 from training.loop import Emit
-from training.networks import ConvNet
+from training.networks import ConvNet, Network
 
 SEEN = 128  # pictures that ranges are chosen by
 DRAWN = 64  # golden ones beside them; they are also those whose logits are kept, for more take time and show no more
@@ -35,12 +35,14 @@ MAX_BYTE, MAX_WEIGHT = 255, 127
 
 
 def int8_form(
-    network: ConvNet, train: Split, checked: Split, spec: InputSpec, temperature: float, tell: Emit
+    network: Network, train: Split, checked: Split, spec: InputSpec, temperature: float, tell: Emit
 ) -> Int8 | None:
     """The int8 form of a network, or None, and a notice, where it costs too much.
 
     Ranges are chosen by some training pictures. What they cost is measured on `checked`, which nothing was fitted to.
     """
+    if not isinstance(network, ConvNet):
+        return None  # its convolutions are few, or not in a row
     int8 = quantize(network, train.images, checked, torch.from_numpy(golden_images(spec)), temperature)
     if (objection := int8.figures.objection()) is not None:
         tell(events.Notice(message=f"published without an int8 form: {objection}"))
@@ -48,7 +50,7 @@ def int8_form(
     return int8
 
 
-def quantize(network: ConvNet, images: Tensor, checked: Split, golden: Tensor, temperature: float) -> Int8:
+def quantize(network: Network, images: Tensor, checked: Split, golden: Tensor, temperature: float) -> Int8:
     """Choose ranges by pictures [N, C, H, W] and measure the int8 form on others; `golden` are the golden images."""
     device = next(network.parameters()).device
     golden = golden[:DRAWN]
@@ -68,18 +70,19 @@ def quantize(network: ConvNet, images: Tensor, checked: Split, golden: Tensor, t
     return Int8(ranges, golden_logits(folded, ranges, golden), figures)
 
 
-def golden_logits(folded: ConvNet, ranges: Ranges, golden: Tensor) -> Logits:
+def golden_logits(folded: Network, ranges: Ranges, golden: Tensor) -> Logits:
     """What the int8 form says of the golden images: [N, K], on the CPU, as float32's golden logits are."""
     return infer(simulated(folded, ranges).cpu(), golden, torch.device("cpu")).numpy()
 
 
-def convolutions(network: ConvNet) -> list[nn.Conv2d]:
+def convolutions(network: Network) -> list[nn.Conv2d]:
     """Those that run in int8, in the order of the graph."""
-    return [module for module in network.modules() if isinstance(module, nn.Conv2d)][2 if network.whiten else 1 :]
+    in_float32 = 2 if isinstance(network, ConvNet) and network.whiten else 1
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)][in_float32:]
 
 
 @torch.inference_mode()
-def inputs(folded: ConvNet, images: Tensor) -> list[Tensor]:
+def inputs(folded: Network, images: Tensor) -> list[Tensor]:
     """A sample of the values that each convolution takes in, and the largest and smallest of all: [L][S]."""
     found: list[list[Tensor]] = []
 
@@ -121,7 +124,7 @@ def _error(one: tuple[float, int], real: Tensor, drawn: Tensor) -> float:
     return losses[0] + DRAWN_WEIGHT * losses[1]
 
 
-def simulated(folded: ConvNet, ranges: Ranges) -> ConvNet:
+def simulated(folded: Network, ranges: Ranges) -> Network:
     """A copy of a folded network that rounds as int8 does, though it computes in float32."""
     copy = deepcopy(folded)
     for convolution, scale, zero in zip(convolutions(copy), ranges.scales.tolist(), ranges.zeros.tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from training.bundle.manifest import Manifest
 from training.gate import Verdict
+from training.trials import Trials
 
 History = list[dict[str, Any]]
 
@@ -27,17 +29,30 @@ WHO = {  # the gate's comparisons
 PASSED = {True: "passed", False: "failed", None: "open"}
 
 
-def write(folder: Path, manifest: Manifest, history: History, counts: Tensor, verdict: Verdict | None = None) -> None:
+def write(
+    folder: Path,
+    manifest: Manifest,
+    history: History,
+    counts: Tensor,
+    *,
+    verdict: Verdict | None = None,
+    trials: Trials | None = None,
+    pictures: Sequence[Path] = (),
+) -> None:
     """Fill a bundle's report folder. `counts` is the confusion matrix [K, K], true class by row; `verdict`, the gate's
-    on a fine-tuned candidate."""
+    on a fine-tuned candidate; `pictures` are put beside its own."""
     folder.mkdir()
     figures = {"metrics": manifest.metrics.model_dump(), "confusion": counts.tolist(), "history": history}
     if verdict is not None:
         figures["gate"] = verdict.model_dump(mode="json")
+    if trials is not None:
+        figures |= {"robustness": trials.robustness, "strangers": trials.strangers}
+    for picture in pictures:
+        shutil.copyfile(picture, folder / picture.name)
     (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     learning_curve(folder / "learning-curve.png", history)
     confusion_matrix(folder / "confusion.png", counts, manifest.classes)
-    (folder / CARD).write_text(model_card(manifest, verdict))
+    (folder / CARD).write_text(model_card(manifest, verdict, trials))
 
 
 def read_verdict(folder: Path) -> Verdict:
@@ -80,7 +95,7 @@ def confusion_matrix(path: Path, counts: Tensor, classes: Sequence[str]) -> None
     figure.savefig(path, dpi=100)
 
 
-def model_card(manifest: Manifest, verdict: Verdict | None = None) -> str:
+def model_card(manifest: Manifest, verdict: Verdict | None = None, trials: Trials | None = None) -> str:
     """What the model is for, what it was made from, what it scores, what the gate found where it was fine-tuned, and
     where not to trust it: Markdown."""
     metrics, training, size, network = manifest.metrics, manifest.training, manifest.input, manifest.network
@@ -115,7 +130,7 @@ for one picture.
 {_table("figure", scores)}
 
 {_table("recall of", recalls)}
-{_gate(verdict) if verdict else ""}
+{_gate(verdict) if verdict else ""}{_trials(trials) if trials else ""}
 ## Where not to trust it
 
 Probabilities are calibrated (temperature {manifest.calibration.temperature:.3f}) for pictures like those it was
@@ -147,6 +162,18 @@ def _gate(verdict: Verdict) -> str:
 {comparisons if scores else ""}
 {checks}
 """
+
+
+def _trials(trials: Trials) -> str:
+    """How it bears worse pictures, and whether it tells strangers."""
+    accuracies = [(name, f"{share:.2%}") for name, share in trials.robustness.items()]
+    areas = [(name, f"{area:.2%}") for name, area in trials.strangers.items()]
+    strangers = "\n" + _table("strangers told from test images, area under ROC", areas) + "\n" if areas else ""
+    return f"""
+## On worse pictures
+
+{_table("accuracy on test images with", accuracies)}
+{strangers}"""
 
 
 def _table(heading: str, rows: list[tuple[str, str]]) -> str:

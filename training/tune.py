@@ -24,7 +24,17 @@ from training.checkpoint import State
 from training.datasets import Split
 from training.devices import training_precision
 from training.evaluate import accuracy, infer
-from training.loop import CHECKPOINT, Clock, Diverged, Emit, Interrupted, arithmetic_of, generator, stop_signals
+from training.loop import (
+    CHECKPOINT,
+    Clock,
+    Diverged,
+    Emit,
+    Interrupted,
+    arithmetic_of,
+    generator,
+    in_precision_of,
+    stop_signals,
+)
 from training.networks import ConvNet
 from training.probe import balancing_weights
 
@@ -112,7 +122,6 @@ class _Tuning:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.material, self.settings = setup, setup.material, setup.settings
         self.path, self.emit, self.device = setup.folder / CHECKPOINT, setup.emit, setup.device
-        self.precision = training_precision(self.device)
         start = setup.start.to(self.device)
         self.current, self.average, self.best = (copy.deepcopy(start) for _ in range(3))
         self.everything = nn.ModuleDict({"current": self.current, "average": self.average, "best": self.best})
@@ -121,7 +130,7 @@ class _Tuning:
         self.weights = balancing_weights(self.material.train.labels, len(start.head.weight)).to(self.device)
         self.every = max(1, self.settings.steps // EVALUATIONS)
         identity = setup.identity | {"steps": self.settings.steps}
-        self.state = State(identity, arithmetic_of(self.device, self.precision))
+        self.state = State(identity, arithmetic_of(self.device, training_precision(self.device)))
         if self.path.exists():
             self.restore()
         else:
@@ -163,7 +172,7 @@ class _Tuning:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(self.state.step) * BACKOFF**self.state.attempt
         self.current.eval()  # the norms keep their statistics, also in a batch of strange pictures
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16):
+        with in_precision_of(self.state, self.device):
             logits = self.current(images)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = (losses * weights).sum() / weights.sum()
@@ -190,10 +199,11 @@ class _Tuning:
             images, labels = torch.cat([images, old.images]), torch.cat([labels, old.labels])
             weights = torch.cat([weights / weights.mean(), torch.ones(len(old), device=self.device)])
         if settings.shift:
-            images = augment.random_shift(images, settings.shift, random)
+            down, right = augment.random_shifts(len(images), settings.shift, 1, random)
+            images = augment.move(images, down, right, settings.shift)
         if settings.flip:
             mirrored = torch.rand(len(images), generator=random) < 0.5
-            images = augment.flip_alternating(images, mirrored, epoch=0)
+            images = augment.mirror(images, mirrored)
         return images.to(self.device, memory_format=torch.channels_last), labels.to(self.device), weights
 
     def _rate(self, step: int) -> float:

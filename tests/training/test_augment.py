@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from training.augment import flip_alternating, random_affine, random_shift
+from training.augment import cutout, mirror, move, random_affine, random_shifts
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -38,28 +38,55 @@ def centres(images: Tensor) -> Tensor:
 def test_pictures_shift_to_every_place_that_is_allowed_with_their_border_reflected(
     shift: int, height: int, width: int
 ) -> None:
-    moved = random_shift(coordinates(300, height, width), shift, seeded())
+    moved = shifted(coordinates(300, height, width), shift, seeded())
     assert moved.shape == (300, 2, height, width)
-    for shifted, size in ((moved[:, 0, :, 0], height), (moved[:, 1, 0, :], width)):
+    for lines, size in ((moved[:, 0, :, 0], height), (moved[:, 1, 0, :], width)):
         padded = [*range(shift, 0, -1), *range(size), *range(size - 2, size - 2 - shift, -1)]
         windows = {tuple(padded[start : start + size]) for start in range(2 * shift + 1)}
-        assert {tuple(line) for line in shifted.int().tolist()} == windows
+        assert {tuple(line) for line in lines.int().tolist()} == windows
 
 
 def test_a_shifted_picture_moves_as_a_whole() -> None:
-    moved = random_shift(coordinates(20, 9, 14), 2, seeded())
+    moved = shifted(coordinates(20, 9, 14), 2, seeded())
     assert torch.equal(moved[:, 0], moved[:, 0, :, :1].expand(-1, -1, 14))
     assert torch.equal(moved[:, 1], moved[:, 1, :1].expand(-1, 9, -1))
 
 
-def test_pictures_are_marked_or_not_and_mirrored_in_turn() -> None:
+def test_pictures_move_by_as_much_as_is_said_down_and_to_the_right() -> None:
+    down, right = torch.tensor([0, 2, -1]), torch.tensor([0, -1, 2])
+    moved = move(coordinates(3, 9, 14), down, right, 2)
+    assert moved[:, 0, 4, 4].tolist() == [4, 6, 3]
+    assert moved[:, 1, 4, 4].tolist() == [4, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("shift", "step", "places"), [(4, 2, {-4, -2, 0, 2, 4}), (3, 3, {-3, 0, 3}), (3, 2, {-2, 0, 2})]
+)
+def test_moves_are_multiples_of_a_step(shift: int, step: int, places: set[int]) -> None:
+    for moves in random_shifts(300, shift, step, seeded()):
+        assert set(moves.tolist()) == places
+
+
+def test_marked_pictures_are_mirrored() -> None:
     images = coordinates(4, 3, 3)
-    first = torch.tensor([True, False, True, False])
-    even, odd = (flip_alternating(images, first, epoch) for epoch in (0, 1))
-    for index, marked in enumerate(first.tolist()):
-        assert torch.equal((even if marked else odd)[index], images[index].flip(2))
-        assert torch.equal((odd if marked else even)[index], images[index])
-    assert torch.equal(flip_alternating(images, first, 2), even)
+    mirrored = mirror(images, torch.tensor([True, False, True, False]))
+    assert torch.equal(mirrored[[0, 2]], images[[0, 2]].flip(3))
+    assert torch.equal(mirrored[[1, 3]], images[[1, 3]])
+
+
+def test_a_square_of_the_mean_covers_a_part_of_each_picture_and_lies_inside() -> None:
+    images = torch.zeros(400, 1, 9, 14, dtype=torch.uint8)
+    images[:, :, 0, 0] = 126  # so that the mean is 1
+    covered = cutout(images, 4, seeded()) == 1
+    assert (covered.sum((1, 2, 3)) == 16).all()
+    tops, lefts = covered.any(3).int().argmax(2), covered.any(2).int().argmax(2)
+    assert set(tops.flatten().tolist()) == set(range(6))
+    assert set(lefts.flatten().tolist()) == set(range(11))
+    assert (covered.any(3).sum(2) == 4).all()
+
+
+def shifted(images: Tensor, shift: int, random: Generator) -> Tensor:
+    return move(images, *random_shifts(len(images), shift, 1, random), shift)
 
 
 def affine(images: Tensor, seed: int = 0, **amounts: float) -> Tensor:
@@ -108,10 +135,11 @@ def test_what_moves_in_is_black() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda images, random: random_shift(images, 2, random),
+        lambda images, random: shifted(images, 2, random),
+        lambda images, random: cutout(images, 4, random),
         lambda images, random: random_affine(images, degrees=20, scale=0.2, shear=9, shift=2, generator=random),
     ],
-    ids=["shift", "affine"],
+    ids=["shift", "cutout", "affine"],
 )
 def test_the_same_generator_does_the_same_and_each_picture_has_its_own(
     change: Callable[[Tensor, Generator], Tensor],

@@ -95,6 +95,34 @@ def test_the_log_holds_each_line_as_soon_as_it_is_written(tmp_path: Path) -> Non
     log.close()
 
 
+def progress(step: int) -> events.Progress:
+    return events.Progress(
+        step=step, steps=40, epoch=0.1, loss=0.7, accuracy=0.5, images_per_second=1000.5, seconds_left=3.0
+    )
+
+
+def test_of_quick_steps_some_are_written_and_the_last_before_another_event(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = events.EventLog(path)
+    steps = [progress(step) for step in range(1, 6)]
+    end = events.Interrupted(step=5)
+    for event in [*steps, end, *steps]:
+        log(event)
+    assert [events.parse(line) for line in path.read_text().splitlines()] == [steps[0], steps[4], end]
+    log.close()
+    assert [events.parse(line) for line in path.read_text().splitlines()] == [steps[0], steps[4], end, steps[4]]
+
+
+def test_slow_steps_are_all_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "STEP_SECONDS", 0.0)
+    log = events.EventLog(tmp_path / "events.jsonl")
+    steps = [progress(step) for step in range(1, 6)]
+    for step in steps:
+        log(step)
+    log.close()
+    assert [events.parse(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()] == steps
+
+
 def test_the_log_is_gone_on_with(tmp_path: Path) -> None:
     for step in (1, 2):
         log = events.EventLog(tmp_path / "events.jsonl")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny import TINY as RECIPE
 from tests.tiny import make_bundle, reseal, squares, write_class_folders
-from training import archives, events, finetune, intake, tune
+from training import archives, events, finetune, intake, runs, tune
 from training.bundle import store
 from training.bundle.classes import NameTaken
 from training.bundle.int8 import INT8, read_int8
@@ -457,6 +458,24 @@ def test_a_folder_where_a_run_is_at_work_is_left_alone(tmp_path: Path, tiny: Pat
     assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "being writ'
 
 
+def test_a_base_that_is_no_convnet_is_refused_with_its_kind(tmp_path: Path, tiny: Path) -> None:
+    perceptron = RECIPE.model_copy(
+        update={"network": "perceptron", "arguments": {"height": 12, "width": 12, "widths": []}, "epochs": 1}
+    )
+    shown = str(write_class_folders(tmp_path / "squares", squares()))
+    runs.create(tmp_path / "base", runs.Plan(model="flat", recipe=perceptron, seed=0, dataset=shown))
+    runs.execute(tmp_path / "base", runs.Options(tiny, device="cpu"), lambda _: None, resume=False)
+    told: list[events.Event] = []
+    with pytest.raises(finetune.BaseUnsuitable, match="^flat@1 is a perceptron; only a convnet can be fine-tuned$"):
+        run(tmp_path / "run", tiny, plan(bars(tmp_path / "bars", 40), model="flat"), told.append)
+    assert told[-1].model_dump(exclude={"at"}) == {
+        "event": "failed",
+        "code": "base_unsuitable",
+        "message": "flat@1 is a perceptron; only a convnet can be fine-tuned",
+    }
+    assert store.versions(tiny, "bars") == []
+
+
 def test_a_run_is_not_begun_over_another(tmp_path: Path) -> None:
     made = plan(tmp_path / "nothing")
     finetune.create(tmp_path / "run", made)
@@ -537,7 +556,7 @@ def test_where_no_version_could_be_published_nothing_is_begun(
 def test_a_full_disk_of_models_fails_the_run_and_nothing_half_made_is_left(
     tmp_path: Path, tiny: Path, small_disk: Callable[[Path, str], Path]
 ) -> None:
-    artifacts = small_disk(tmp_path / "small", "224k")
+    artifacts = small_disk(tmp_path / "small", "304k")
     shutil.copytree(tiny, artifacts, dirs_exist_ok=True)
     data = bars(tmp_path / "bars", 25)
     last = failed(tmp_path / "run", artifacts, plan(data), expected=(OSError, RuntimeError))

@@ -155,9 +155,12 @@ def test_training_tells_programs_what_it_logs(safelight: Safelight, data: Path) 
         "train", "mnist", *as_settings(QUICK), "--name", "tiny", "--dataset", data, "--run", "first", "--json"
     )
     assert done.code == 0
-    assert done.out == Path("first", "events.jsonl").read_text()
-    kinds = [events.parse(line).event for line in done.out.splitlines()]
+    said, logged = done.out.splitlines(), Path("first", "events.jsonl").read_text().splitlines()
+    kinds = [events.parse(line).event for line in said]
     assert kinds == ["started", *["progress"] * 4, "epoch", "checkpointed", "published"]
+    assert logged[:2] == said[:2]
+    assert logged[-4:] == said[-4:]
+    assert set(logged) <= set(said)
 
 
 def test_a_run_has_a_folder_by_its_model_s_name_and_the_time(safelight: Safelight, data: Path) -> None:
@@ -181,7 +184,7 @@ def test_a_second_version_says_how_to_let_it_answer(safelight: Safelight, data: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["imagenet"], "no recipe is called 'imagenet'; there is mnist, cifar10"),
+        (["imagenet"], f"no recipe is called 'imagenet'; there is {', '.join(RECIPES)}"),
         (
             ["mnist", "--set", "epoch=3"],
             f"recipe mnist has no setting 'epoch'; it has {', '.join(type(TINY).model_fields)}",
@@ -206,8 +209,8 @@ def test_a_second_version_says_how_to_let_it_answer(safelight: Safelight, data: 
             "letter or digit",
         ),
         (
-            ["mnist", "--set", "network=resnet"],
-            f"network resnet with {RECIPES['mnist'].arguments} can't be built: 'resnet'",
+            ["mnist", "--set", "network=vgg"],
+            f"network vgg with {RECIPES['mnist'].arguments} can't be built: 'vgg'",
         ),
         (
             ["cifar10", "--set", "input.channels=1"],
@@ -262,12 +265,12 @@ def test_the_command_that_goes_on_has_what_the_run_does_not_remember(tmp_path: P
 
 
 def test_a_run_that_diverges_exits_with_3(safelight: Safelight, data: Path) -> None:
-    diverging = TINY.model_copy(update={"weight_decay": 20.0})
-    done = safelight("train", "mnist", *as_settings(diverging), "--name", "tiny", "--dataset", data, "--run", "first")
+    words = ["--name", "tiny", "--dataset", data, "--run", "first", "--set", "optimizer.weight_decay=20"]
+    done = safelight("train", "mnist", *as_settings(TINY), *words)
     assert done.code == 3
     assert re.search(
         r"\nerror: the loss is not finite at step \d+; the weights of step \d+ are kept\. "
-        r"Lower filter_lr, bias_lr or head_lr\n$",
+        r"Lower the optimizer's learning rate\n$",
         done.err,
     )
     *_, last = Path("first", "events.jsonl").read_text().splitlines()
@@ -288,7 +291,7 @@ def test_an_unfinished_run_is_not_exported(safelight: Safelight, data: Path) -> 
         "--run",
         "first",
         "--set",
-        "weight_decay=1e30",
+        "optimizer.weight_decay=1e30",
     )
     assert safelight("export", "first") == Done(
         1, "", "error: first stands at step 0 of 4; go on with it: safelight train --resume first\n"
@@ -423,8 +426,8 @@ def test_recipes_are_listed_for_programs(safelight: Safelight) -> None:
     rows = json.loads(done.out)
     assert [row["name"] for row in rows] == list(RECIPES)
     for row, recipe in zip(rows, RECIPES.values(), strict=True):
-        assert row.pop("parameters") > 50_000
-        assert row.pop("macs") > 5_000_000
+        assert row.pop("parameters") >= 7850  # of a linear model of MNIST
+        assert row.pop("macs") >= 7840
         assert row == recipe.model_dump(mode="json")
 
 
@@ -433,7 +436,7 @@ def test_recipes_are_listed_for_people(safelight: Safelight) -> None:
     assert done.code == 0
     for recipe in RECIPES.values():
         assert recipe.name in done.out
-        assert f"{recipe.expected_accuracy:.1%}" in done.out
+        assert recipe.expected_accuracy is None or f"{recipe.expected_accuracy:.1%}" in done.out
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -604,7 +607,7 @@ def test_a_limit_is_for_built_in_sets(safelight: Safelight, pets: Path) -> None:
     ("words", "code", "err"),
     [
         (["models", "verify", "greys@2"], 1, ""),
-        (["train", "imagenet"], 1, "error: no recipe is called 'imagenet'; there is mnist, cifar10\n"),
+        (["train", "imagenet"], 1, f"error: no recipe is called 'imagenet'; there is {', '.join(RECIPES)}\n"),
         (["predict", "none.png", "--model", "greys"], 1, ""),
         (["models", "list"], 0, ""),
     ],

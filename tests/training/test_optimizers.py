@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import TINY
+from training import recipes
 from training.networks import build
-from training.optimizers import Muon, build_optimizers, orthogonal, set_learning_rate
+from training.optimizers import Muon, build_optimizers, clip_gradient, orthogonal, set_learning_rate
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,7 +91,9 @@ def test_each_trainable_parameter_has_one_optimizer_of_its_kind(whiten: bool) ->
 
 def test_weight_decay_is_a_share_per_example() -> None:
     network = build("convnet", TINY.arguments | {"channels": 1, "classes": 2})
-    recipe = TINY.model_copy(update={"weight_decay": 1e-4})
+    assert isinstance(TINY.optimizer, recipes.Muon)
+    decaying = TINY.optimizer.model_copy(update={"weight_decay": 1e-4})
+    recipe = TINY.model_copy(update={"optimizer": decaying})
     _, sgd = build_optimizers(network, recipe, recipe.batch_size)
     lost_per_step = [group["lr"] * group["weight_decay"] for group in sgd.param_groups]
     assert lost_per_step == pytest.approx([1e-4 * TINY.batch_size] * 2)
@@ -101,11 +104,62 @@ def test_the_learning_rate_falls_straight_from_its_peak_to_0() -> None:
         build("convnet", TINY.arguments | {"channels": 1, "classes": 2}), TINY, TINY.batch_size
     )
 
-    def rates(progress: float) -> list[float]:
-        set_learning_rate(optimizers, progress)
+    def rates(step: int) -> list[float]:
+        set_learning_rate(optimizers, TINY, step, 100)
         return [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
-    peaks = [TINY.filter_lr, TINY.bias_lr, TINY.head_lr]
-    assert rates(0.75) == pytest.approx([peak / 4 for peak in peaks])
-    assert rates(0.0) == peaks
-    assert rates(1.0) == [0, 0, 0]
+    assert isinstance(TINY.optimizer, recipes.Muon)
+    peaks = [TINY.optimizer.filter_lr, TINY.optimizer.bias_lr, TINY.optimizer.head_lr]
+    assert rates(75) == pytest.approx([peak / 4 for peak in peaks])
+    assert rates(0) == peaks
+    assert rates(100) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({"schedule": "linear"}, [1, 0.75, 0.5, 0.25]),
+        ({"schedule": "cosine"}, [1, 0.8536, 0.5, 0.1464]),
+        ({"schedule": "constant"}, [1, 1, 1, 1]),
+        ({"schedule": "constant", "warm_up": 0.75}, [1 / 3, 2 / 3, 1, 1]),
+        ({"schedule": "linear", "warm_up": 0.5}, [0.5, 0.75, 0.5, 0.25]),
+    ],
+    ids=str,
+)
+def test_the_rate_follows_the_schedule_after_a_warm_up(changes: dict[str, object], rates: list[float]) -> None:
+    recipe = TINY.model_copy(update=changes | {"optimizer": recipes.SGD(lr=1.0)})
+    (optimizer,) = build_optimizers(build("convnet", TINY.arguments | {"channels": 1, "classes": 2}), recipe, 16)
+    found = []
+    for step in range(4):
+        set_learning_rate([optimizer], recipe, step, 4)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx(rates, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        (recipes.SGD(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01), torch.optim.SGD),
+        (recipes.Adam(lr=0.1, weight_decay=0.01), torch.optim.Adam),
+        (recipes.Adam(kind="adamw", lr=0.1, weight_decay=0.01), torch.optim.AdamW),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_torch_s_optimizers_let_weights_decay_and_biases_alone(
+    settings: recipes.SGD | recipes.Adam, kind: type[torch.optim.Optimizer]
+) -> None:
+    network = build("perceptron", {"channels": 1, "classes": 2, "height": 4, "width": 4, "widths": [3]})
+    (optimizer,) = build_optimizers(network, TINY.model_copy(update={"optimizer": settings}), 16)
+    assert type(optimizer) is kind
+    weights, biases = optimizer.param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in (weights, biases)] == [(0.1, 0.01), (0.1, 0.0)]
+    assert [p.ndim for p in weights["params"]] == [2, 2]
+    assert [p.ndim for p in biases["params"]] == [1, 1]
+
+
+def test_a_gradient_that_is_too_long_is_shortened() -> None:
+    layer = nn.Linear(3, 2)
+    for longest, length in ((None, 30.0), (100.0, 30.0), (0.5, 0.5)):
+        layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.full((2,), 30 / 2**0.5)
+        clip_gradient(layer, longest)
+        assert layer.bias.grad.norm().item() == pytest.approx(length, rel=1e-4)

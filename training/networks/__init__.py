@@ -6,12 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from training.networks.convnet import ConvNet as ConvNet
+from training.networks.lenet import LeNet
+from training.networks.network import Network as Network
+from training.networks.perceptron import Perceptron
+from training.networks.resnet import ResNet
 from training.recipes import Recipe, RecipeInvalid
 
-NETWORKS: dict[str, type[ConvNet]] = {"convnet": ConvNet}
+NETWORKS: dict[str, type[Network]] = {
+    "convnet": ConvNet,
+    "perceptron": Perceptron,
+    "lenet": LeNet,
+    "resnet": ResNet,
+}
 
 
-def build(name: str, arguments: dict[str, Any]) -> ConvNet:
+def build(name: str, arguments: dict[str, Any]) -> Network:
     """Build an untrained network; raises KeyError for an unknown name, TypeError for wrong arguments."""
     return NETWORKS[name](**arguments)
 

@@ -1,25 +1,24 @@
-"""A plain, fast convolutional network: a stem, groups of two 3 x 3 convolutions, a maximum over space, a linear layer.
+"""A plain, fast convolutional network: a stem, groups of 3 x 3 convolutions, a maximum over space, a linear layer.
 
-The shape is that of the CIFAR-10 speed records (hlb-CIFAR10, airbench94): no residuals, pooling before the norm, norms
-with a bias but no scale. Widths and stem come from the recipe; nothing here depends on the picture's size.
+The shape is that of the CIFAR-10 speed records (hlb-CIFAR10, airbench94 and 96): pooling before the norm, norms with a
+bias but no scale, and past two convolutions a group the last two are added to what goes into them. Widths and stem come
+from the recipe; nothing here depends on the picture's size.
 """
 
 from copy import deepcopy
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-Activation = Literal["relu", "gelu", "silu"]
+from training.networks.network import ACTIVATIONS, Activation, Network
+
 Pool = Literal["max", "mean and max"]
-_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
-class ConvNet(nn.Module):
-    """Pixels [N, C, H, W] of any dtype, 0 … 255, to logits [N, K]. Normalisation is the first layer."""
-
+class ConvNet(Network):
     def __init__(
         self,
         *,
@@ -29,30 +28,29 @@ class ConvNet(nn.Module):
         stem_width: int,
         stem_kernel: int,
         stem_stride: int = 1,
+        convolutions: Literal[2, 3] = 2,
         whiten: bool = False,
         activation: Activation = "gelu",
         pool: Pool = "max",
         head_bias: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         if whiten and stem_width > (directions := 2 * channels * stem_kernel**2):
             raise ValueError(f"stem_width is {stem_width}; patches have only {directions} directions to whiten along")
-        self.normalize = Normalize(channels)
         self.stem = nn.Conv2d(channels, stem_width, stem_kernel, stem_stride)
         self.stem.weight.requires_grad_(not whiten)
         self.whiten = whiten
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         inputs = [stem_width, *widths[:-1]]
-        self.groups = nn.Sequential(*(Group(i, o, activation) for i, o in zip(inputs, widths, strict=True)))
+        self.groups = nn.Sequential(
+            *(Group(i, o, activation, convolutions) for i, o in zip(inputs, widths, strict=True))
+        )
         self.pool = pool
         width = widths[-1] * (1 if pool == "max" else 2)
         self.head = nn.Linear(width, classes, bias=head_bias)
         nn.init.normal_(self.head.weight, std=1 / width)
         # Weights with channels last bring activations into that order: convolutions and pooling take half the time.
         self.to(memory_format=torch.channels_last)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.features(pixels))  # [N, K]
 
     def features(self, pixels: Tensor) -> Tensor:
         x = self.normalize(pixels)  # [N, C, H, W]
@@ -62,18 +60,19 @@ class ConvNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Set what comes from the data: the mean and deviation of each channel, and the whitening filters."""
-        self.normalize.fit(images)
+        """Beside the normalisation, set the whitening filters."""
+        super().initialize(images)
         if self.whiten:
             some = images[:: max(1, len(images) // 5000)]  # from all over: data sets may be sorted by class
             filters = whitening_filters(self.normalize(some), self.stem.kernel_size[0])
             self.stem.weight.copy_(torch.cat([filters, -filters])[: self.stem.out_channels])
             nn.init.zeros_(self.stem.get_parameter("bias"))
 
-    def folded(self) -> "ConvNet":
-        """A copy for inference with each norm folded into the convolution before it.
+    def folded(self) -> Self:
+        """Each norm is folded into the convolution before it.
 
-        The norm stands after the pooling, but its scale (1 / deviation) is positive, so it commutes with the maximum.
+        The first of a group stands after the pooling, but its scale (1 / deviation) is positive, so it commutes with
+        the maximum.
         """
         copy = deepcopy(self).eval()
         for group in copy.groups:
@@ -89,54 +88,40 @@ def pooled(x: Tensor, pool: Pool) -> Tensor:
 
 
 class Group(nn.Module):
-    """Convolve, halve, convolve: [N, i, H, W] to [N, o, H // 2, W // 2]."""
+    """Convolve, halve, convolve once or twice more: [N, i, H, W] to [N, o, H // 2, W // 2]."""
 
     norm1: nn.BatchNorm2d | nn.Identity
     norm2: nn.BatchNorm2d | nn.Identity
+    norm3: nn.BatchNorm2d | nn.Identity
 
-    def __init__(self, inputs: int, outputs: int, activation: Activation) -> None:
+    def __init__(self, inputs: int, outputs: int, activation: Activation, convolutions: Literal[2, 3]) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, outputs)
         self.norm1 = _norm(outputs)
         self.conv2 = _conv(outputs, outputs)
         self.norm2 = _norm(outputs)
-        self.activation = _ACTIVATIONS[activation]()
+        self.has_third = convolutions == 3
+        if self.has_third:
+            self.conv3 = _conv(outputs, outputs)
+            self.norm3 = _norm(outputs)
+        self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.conv1(x), 2)  # pooling first: norm and activation then touch a quarter of the values
         x = self.activation(self.norm1(x))
-        return self.activation(self.norm2(self.conv2(x)))
+        y = self.norm2(self.conv2(x))
+        if self.has_third:
+            y = self.norm3(self.conv3(self.activation(y))) + x
+        return self.activation(y)
 
     def fold(self) -> None:
         assert isinstance(self.norm1, nn.BatchNorm2d)
         assert isinstance(self.norm2, nn.BatchNorm2d)
         self.conv1, self.norm1 = fuse_conv_bn_eval(self.conv1, self.norm1), nn.Identity()
         self.conv2, self.norm2 = fuse_conv_bn_eval(self.conv2, self.norm2), nn.Identity()
-
-
-class Normalize(nn.Module):
-    """Subtract the training set's mean and divide by its deviation, channel by channel. Part of every export."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.type_as(self.mean) - self.mean) / self.std
-
-    @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
-        """Take mean and deviation of uint8 images [N, C, H, W]."""
-        values = torch.arange(256, dtype=torch.float64)
-        for channel in range(images.shape[1]):  # by histogram: the whole set as floats would take gigabytes
-            shares = torch.bincount(images[:, channel].flatten(), minlength=256).double() / images[:, channel].numel()
-            mean = (shares * values).sum()
-            self.mean[channel] = mean
-            self.std[channel] = (shares * (values - mean) ** 2).sum().sqrt().clamp(min=1)  # it may be 0
+        if self.has_third:
+            assert isinstance(self.norm3, nn.BatchNorm2d)
+            self.conv3, self.norm3 = fuse_conv_bn_eval(self.conv3, self.norm3), nn.Identity()
 
 
 def whitening_filters(images: Tensor, kernel: int) -> Tensor:

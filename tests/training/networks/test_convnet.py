@@ -36,10 +36,18 @@ def test_any_picture_size_and_class_count_will_do(channels: int, height: int, wi
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("whiten", [False, True])
-def test_folding_changes_no_answer(activation: Any, whiten: bool) -> None:
+@pytest.mark.parametrize("convolutions", [2, 3])
+def test_folding_changes_no_answer(activation: Any, whiten: bool, convolutions: Any) -> None:
     torch.manual_seed(0)
     network = ConvNet(
-        channels=3, classes=4, widths=[8, 12], stem_width=24, stem_kernel=2, whiten=whiten, activation=activation
+        channels=3,
+        classes=4,
+        widths=[8, 12],
+        stem_width=24,
+        stem_kernel=2,
+        convolutions=convolutions,
+        whiten=whiten,
+        activation=activation,
     )
     network.initialize(correlated())
     for seed in range(5):
@@ -117,6 +125,6 @@ def test_the_cost_of_a_recipe_is_that_of_its_network(name: str) -> None:
 
 def test_an_unknown_network_and_a_wrong_argument_are_errors() -> None:
     with pytest.raises(KeyError):
-        build("resnet", TINY)
+        build("transformer", TINY)
     with pytest.raises(TypeError):
         build("convnet", TINY | {"depth": 3})
