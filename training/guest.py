@@ -15,6 +15,8 @@ from training import SafelightError
 
 LOCK = ".lock"
 STATM = Path("/proc/self/statm")
+AUTOGROUP = Path("/proc/self/autogroup")
+NICEST = 19
 
 
 class FolderBusy(SafelightError):
@@ -22,8 +24,15 @@ class FolderBusy(SafelightError):
 
 
 def step_back() -> None:
-    """Take the processor only where nobody else wants it."""
-    os.nice(19)
+    """Take the processor only where nobody else wants it.
+
+    Where Linux groups processes by session (`sched_autogroup`), niceness counts within a session alone, and sessions
+    have their own. That is set too, but for a session of our own: else a person's shell would be nice from then on.
+    """
+    os.nice(NICEST)
+    if os.getsid(0) == os.getpid():
+        with suppress(OSError):  # no such groups, or no right to change one
+            AUTOGROUP.write_text(str(NICEST))
 
 
 def limit_memory(size: int, least: int = 0) -> None:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from training import guest
+
 HELLO = "print('ready', flush=True); "
 
 
@@ -54,3 +56,15 @@ def test_it_goes_when_its_parent_s_end_of_stdin_is_closed() -> None:
         assert process.poll() is None
         process.stdin.close()
         assert process.wait(10) == -15
+
+
+NICE = "import os; from training import guest; guest.step_back(); print(os.nice(0), guest.AUTOGROUP.read_text())"
+
+
+@pytest.mark.skipif(not guest.AUTOGROUP.exists(), reason="this system doesn't group processes by session")
+@pytest.mark.parametrize("own_session", [True, False])
+def test_who_steps_back_does_so_among_sessions_too_but_only_for_itself(own_session: bool) -> None:
+    command = [sys.executable, "-c", NICE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=own_session)
+    nice, _group, *session = done.stdout.split()
+    assert (nice, session) == ("19", ["nice", "19" if own_session else guest.AUTOGROUP.read_text().split()[-1]])
