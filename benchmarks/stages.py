@@ -170,7 +170,8 @@ async def queue(asked: Asked, count: int) -> float:
 
 def batch(asked: Asked, count: int) -> float:
     """What comes before and after the engine in its thread; the engine itself is left out."""
-    logits = asked.predictor.engine.run(np.stack(asked.pixels))
+    classes = len(asked.predictor.manifest.classes)
+    logits = np.random.default_rng(0).normal(size=(len(asked.pixels), classes)).astype(np.float32)
     run = predictor.ranked(replace(asked.predictor.engine, run=lambda _: logits))
     begun = time.thread_time()
     for _ in range(0, count, len(asked.pixels)):
