@@ -265,7 +265,7 @@ def _execute(folder: Path, options: Any, *, resume: bool, publish: bool, as_json
         _say(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(3) from None
     if not ranks.is_first():
-        return
+        os._exit(0)  # nothing is left to do, and torch aborted one process of 40 as that took itself down
     if published is None:
         _say(f"trained; publish it with:\n  safelight export {escape(str(folder))}")
         return

@@ -89,7 +89,13 @@ def test_one_line_trains_one_watches_one_predicts_and_one_rolls_back(tmp_path: P
         assert re.fullmatch(r"job-[0-9a-f]{24}\n\n", terminal.type(train))
         told = events(terminal.type(watch))
         steps = [said["step"] for kind, said in told if kind == "progress"]
-        assert steps == list(range(1, len(steps) + 1))  # none is missing; how many there are, early stopping decides
+        assert steps == sorted(
+            set(steps)
+        )  # of quick ones some are left out; how many there are, early stopping decides
+        assert (steps[0], steps[-1]) == (
+            1,
+            max(said["step"] for kind, said in told if kind in ("epoch", "checkpointed")),
+        )
         assert {"validated", "started", "progress", "epoch"} <= {kind for kind, _ in told}
         assert [kind for kind, _ in told[-3:]] == ["published", "decided", "end"]
         job = told[-1][1]

@@ -83,8 +83,8 @@ def test_every_call_about_jobs(server: Server) -> None:
             1,
             "always",
         )
-        assert safelight.train(MNIST, model="greys", idempotency_key="k") == (
-            second := safelight.train(MNIST, model="greys", idempotency_key="k")
+        assert safelight.train(MNIST, model="greys", name="digits", idempotency_key="k") == (
+            second := safelight.train(MNIST, model="greys", name="digits", idempotency_key="k")
         )
         assert safelight.jobs(limit=2) == [second, job]
         assert safelight.jobs(after=second.id, status="queued", limit=1) == [job]
