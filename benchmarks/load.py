@@ -167,7 +167,7 @@ def soak(folder: Path, options: argparse.Namespace) -> Iterator[Verdict]:
     for name, rule, growth_allowed, unit in (
         ("rss", "memory doesn't grow after the warm-up", MEMORY_GROWTH, "MB"),
         ("descriptors", "descriptors don't grow", 2, ""),
-        ("threads", "threads don't grow", 1, ""),
+        ("threads", "threads don't grow", 2, ""),  # a pool's last one, taken midway, lies on a line that grows by 1.5
         ("pending", "pending doesn't grow", QUEUE_GROWTH, "pictures"),
     ):
         yield no_growth(rule, *samples.of(name), growth_allowed, unit)

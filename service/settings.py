@@ -70,7 +70,7 @@ class Settings(BaseSettings):
         50_000_000, ge=1, description="Largest picture, width x height, read from its header before it is decoded."
     )
     max_images: int = Field(256, ge=1, le=100_000, description="Most pictures in one request.")
-    max_batch: int = Field(64, ge=1, le=4096, description="Most pictures that the engine computes at once.")
+    max_batch: int = Field(32, ge=1, le=4096, description="Most pictures that the engine computes at once.")
     queue_size: int = Field(
         384,
         ge=1,
