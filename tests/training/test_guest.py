@@ -59,6 +59,15 @@ def test_it_goes_when_its_parent_s_end_of_stdin_is_closed() -> None:
 
 
 NICE = "import os; from training import guest; guest.step_back(); print(os.nice(0), guest.AUTOGROUP.read_text())"
+NICE_WITHOUT_GROUPS = (
+    "import os, pathlib; from training import guest; guest.AUTOGROUP = pathlib.Path('/proc/none'); "
+    "guest.step_back(); print(os.nice(0))"
+)
+
+
+def test_who_steps_back_is_nice_also_where_no_sessions_are_grouped() -> None:
+    command = [sys.executable, "-c", NICE_WITHOUT_GROUPS]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout == "19\n"
 
 
 @pytest.mark.skipif(not guest.AUTOGROUP.exists(), reason="this system doesn't group processes by session")

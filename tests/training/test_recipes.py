@@ -12,6 +12,11 @@ def test_a_recipe_is_found_by_its_name(name: str) -> None:
     assert recipe(name).name == name
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_within_its_own_limits(name: str) -> None:
+    assert Recipe.model_validate(RECIPES[name].model_dump()) == RECIPES[name]
+
+
 def test_an_unknown_recipe_is_refused_with_those_that_exist() -> None:
     with pytest.raises(
         RecipeInvalid, match="^no recipe is called 'imagenet'; there is mnist, cifar10, .*cifar10-lenet"

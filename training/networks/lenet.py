@@ -10,6 +10,7 @@ from training.networks.network import (
     Initialization,
     Network,
     Normalization,
+    hidden_layers,
     initialize_weights,
 )
 
@@ -38,11 +39,9 @@ class LeNet(Network):
             convolutions += [nn.Conv2d(inputs, outputs, kernel), ACTIVATIONS[activation](), nn.MaxPool2d(2)]
             height, width = (height - kernel + 1) // 2, (width - kernel + 1) // 2
         self.convolutions = nn.Sequential(*convolutions)
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in pairwise([filters[-1] * height * width, *hidden]):
-            layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation](), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(hidden[-1], classes)
+        widths = [[channels, *filters][-1] * height * width, *hidden]
+        self.layers = hidden_layers(widths, activation, dropout)
+        self.head = nn.Linear(widths[-1], classes)
         initialize_weights(self, initialization)
 
     def features(self, pixels: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """What every network is: pixels to logits, with the normalisation inside."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from copy import deepcopy
+from itertools import pairwise
 from typing import Literal, Self
 
 import torch
@@ -20,7 +23,7 @@ Normalization = Literal["standard", "unit"]
 Initialization = Literal["default", "normal", "scaled normal", "xavier", "he"]
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Pixels [N, C, H, W] of any dtype, 0 … 255, to logits [N, K]. Normalisation is the first layer."""
 
     head: nn.Linear
@@ -34,9 +37,9 @@ class Network(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.features(pixels))  # [N, K]
 
+    @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
         """What the head reads: [N, D]."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -74,6 +77,14 @@ class Normalize(nn.Module):
             mean = (shares * values).sum()
             self.mean[channel] = mean
             self.std[channel] = (shares * (values - mean) ** 2).sum().sqrt().clamp(min=1)  # it may be 0
+
+
+def hidden_layers(widths: Sequence[int], activation: Activation, dropout: float) -> nn.Sequential:
+    """Fully connected layers from each width to the next: [N, …] of `widths[0]` values to [N, `widths[-1]`]."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()

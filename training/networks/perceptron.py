@@ -1,16 +1,15 @@
 """The linear model and the multi-layer perceptron: every pixel into every neuron."""
 
-from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 
 from training.networks.network import (
-    ACTIVATIONS,
     Activation,
     Initialization,
     Network,
     Normalization,
+    hidden_layers,
     initialize_weights,
 )
 
@@ -36,11 +35,9 @@ class Perceptron(Network):
         normalization: Normalization = "standard",
     ) -> None:
         super().__init__(channels, normalization)
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in pairwise([channels * height * width, *widths]):
-            layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation](), nn.Dropout(dropout)]
-        self.layers = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1] if widths else channels * height * width, classes)
+        widths = [channels * height * width, *widths]
+        self.layers = hidden_layers(widths, activation, dropout)
+        self.head = nn.Linear(widths[-1], classes)
         self.output = nn.Sigmoid() if output == "sigmoid" else nn.Identity()
         initialize_weights(self, initialization)
 

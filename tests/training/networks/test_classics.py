@@ -45,6 +45,18 @@ def test_parameters_and_macs_of_a_lenet() -> None:
     assert parameters(network) == 2 * 9 + 2 + 4 * 2 * 9 + 4 + layers + 6 + 3
 
 
+@pytest.mark.parametrize(
+    ("filters", "hidden", "expected"),
+    [([], [6], 120 * 6 + 6 + 6 * 3 + 3), ([2], [], 2 * 9 + 2 + 2 * 5 * 4 * 3 + 3), ([], [], 120 * 3 + 3)],
+)
+def test_a_lenet_may_do_without_convolutions_or_hidden_layers(
+    filters: list[int], hidden: list[int], expected: int
+) -> None:
+    network = build("lenet", LENET | {"filters": filters, "hidden": hidden})
+    assert parameters(network) == expected
+    assert network.eval()(pictures(2, 1, 12, 10)).shape == (2, 3)
+
+
 def test_parameters_of_resnet_18_and_34_are_the_published_ones() -> None:
     for blocks, millions in (([2, 2, 2, 2], 11.17), ([3, 4, 6, 3], 21.28)):
         network = build("resnet", {"channels": 3, "classes": 10, "blocks": blocks})
