@@ -17,7 +17,6 @@ from torch import Tensor
 from training import checkpoint, events, probe
 from training.checkpoint import CheckpointError
 from training.datasets import Split, holdout
-from training.devices import training_precision
 from training.evaluate import infer
 from training.hold import working_time
 from training.holdouts import CROSS_VALIDATED_BELOW, FOLDS, TEST_SHARE, TRUSTED_TEST, Parts, folds, parts
@@ -306,6 +305,7 @@ def deeper(
         folder=folder,
         seed=task.plan.seed,
         device=task.device,
+        precision=task.precision,
         identity=identity_of(task),
         emit=tell,
         late=late,
@@ -385,7 +385,7 @@ def right(network: ConvNet, split: Split, device: torch.device) -> NDArray[np.bo
 
 
 def started(task: Task, steps: int) -> events.Started:
-    precision = str(training_precision(task.device)).removeprefix("torch.")
+    precision = str(task.precision).removeprefix("torch.")
     return events.Started(
         recipe="finetune",
         dataset=task.pictures.name,

@@ -47,6 +47,7 @@ from training.tune import LEARNING_CURVE
 RUN = "run.json"
 EVENTS = "events.jsonl"
 DATA = "data"
+PRECISION = "precision.pt"
 TORN = (".*.pt-*", f".{LEARNING_CURVE}", f".{RUN}")  # what a kill leaves of files that were being written
 
 LEAST_BYTES = 2**28  # no run does with less than this beside its libraries
@@ -164,6 +165,7 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
     pictures = load_pictures(plan, base, folder, options, tell)
     classes = classes_of(plan, manifest, pictures, options)
     places = {folded(label): place for place, label in enumerate(classes)}
+    device = choose_device(options.device)
     mirrored = bool(manifest.recipe.settings.get("flip", False))
     return Task(
         plan=plan,
@@ -174,8 +176,21 @@ def prepare(plan: Plan, folder: Path, options: Options, tell: Emit) -> Task:
         labels=torch.tensor([places[folded(label)] for label in pictures.classes])[pictures.everything.labels],
         past=recall(plan, base, classes, options, tell),
         flip=mirrored if plan.tuning.flip is None else plan.tuning.flip,
-        device=choose_device(options.device),
+        device=device,
+        precision=begun_in(folder, device),
     )
+
+
+def begun_in(folder: Path, device: torch.device) -> torch.dtype:
+    """The precision that the run was begun in: measured once, so that a run that was killed ends with the same weights.
+
+    Raises CheckpointError where what was written down can't be read.
+    """
+    path = folder / PRECISION
+    if not path.exists():
+        checkpoint.write(path, {"precision": str(training_precision(device)).removeprefix("torch.")})
+    with checkpoint.reading(path) as content:
+        return getattr(torch, content["precision"])
 
 
 def load_base(bundle: Path, manifest: Manifest) -> ConvNet:
@@ -383,7 +398,7 @@ def publish(
             ),
             epochs=candidate.epochs,
             seconds=round(seconds, 1),
-            **arithmetic_of(task.device, training_precision(task.device)),
+            **arithmetic_of(task.device, task.precision),
         ),
         parent=Parent(model=plan.model, version=plan.version, weights_sha256=task.manifest.weights_sha256),
     )

@@ -61,6 +61,7 @@ class Task:
     past: "Past"
     flip: bool
     device: torch.device
+    precision: torch.dtype  # that convolutions are trained in
 
     @property
     def keeps_base(self) -> bool:

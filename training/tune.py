@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from training import augment, checkpoint, events, report
 from training.checkpoint import State
 from training.datasets import Split
-from training.devices import training_precision
 from training.evaluate import accuracy, infer
 from training.loop import (
     CHECKPOINT,
@@ -90,6 +89,7 @@ class Setup:
     folder: Path
     seed: int
     device: torch.device
+    precision: torch.dtype
     identity: dict[str, Any]  # what its checkpoints are of
     emit: Emit
     late: Callable[[], bool]
@@ -130,7 +130,7 @@ class _Tuning:
         self.weights = balancing_weights(self.material.train.labels, len(start.head.weight)).to(self.device)
         self.every = max(1, self.settings.steps // EVALUATIONS)
         identity = setup.identity | {"steps": self.settings.steps}
-        self.state = State(identity, arithmetic_of(self.device, training_precision(self.device)))
+        self.state = State(identity, arithmetic_of(self.device, setup.precision))
         if self.path.exists():
             self.restore()
         else:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import TINY as RECIPE
@@ -24,7 +25,8 @@ from training.bundle.int8 import INT8, read_int8
 from training.bundle.replay import REPLAY, read_replay, write_replay
 from training.bundle.store import BundleRef
 from training.bundle.tuning import Tuning
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, write
+from training.devices import training_precision
 from training.finetune import Options, RunInvalid
 from training.guest import FolderBusy, alone_in
 from training.loop import Diverged, Interrupted
@@ -446,7 +448,7 @@ def test_what_a_kill_left_of_files_that_were_being_written_goes_when_the_run_goe
         (tmp_path / "run" / name).write_bytes(b"torn")
     (tmp_path / "run" / ".notes").write_text("mine")
     finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".notes", "events.jsonl", "run.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == [".lock", ".notes", "events.jsonl", finetune.PRECISION, "run.json"]
 
 
 def test_a_folder_where_a_run_is_at_work_is_left_alone(tmp_path: Path, tiny: Path) -> None:
@@ -456,6 +458,16 @@ def test_a_folder_where_a_run_is_at_work_is_left_alone(tmp_path: Path, tiny: Pat
         finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
     assert str(refusal.value) == f"another process is at work in {tmp_path / 'run'}; wait for it, or stop it first"
     assert (tmp_path / "run" / "events.jsonl").read_text() == '{"event": "being writ'
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(tmp_path: Path, tiny: Path) -> None:
+    other = {torch.float32: "bfloat16", torch.bfloat16: "float32"}[training_precision(torch.device("cpu"))]
+    made = plan(bars(tmp_path / "bars", 120))
+    finetune.create(tmp_path / "run", made)
+    write(tmp_path / "run" / finetune.PRECISION, {"precision": other})
+    finetune.execute(tmp_path / "run", Options(tiny, device="cpu"), lambda _: None)
+    assert {event.precision for event in events_of(tmp_path / "run") if isinstance(event, events.Started)} == {other}
+    assert store.read_manifest(tiny, BundleRef("bars", "1")).training.precision == other
 
 
 def test_a_base_that_is_no_convnet_is_refused_with_its_kind(tmp_path: Path, tiny: Path) -> None:
