@@ -3,13 +3,15 @@
 Nothing is trained. The int8 form is computed here in float32 with every weight and activation rounded to what a byte
 can hold, which gives the logits of OpenVINO's int8 to the last roundings; so training needs no OpenVINO.
 
-The first convolution stays in float32: it has few multiplications, and its inputs are pixels. Where it whitens, so does
-the second, whose inputs are then too wide for a byte. So does the linear layer at the end, for OpenVINO (2026.4)
-miscomputes it where its inputs fall below zero (docs/experiments.md has the figures of all three).
+The first convolution stays in float32: it has few multiplications, and its inputs are pixels. Where it whitens, and
+the activation behind it isn't bounded, so does the second, whose inputs are then too wide for a byte. So does the
+linear layer at the end, for OpenVINO (2026.4) miscomputes it where its inputs fall below zero (docs/experiments.md has
+the figures of all three).
 """
 
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from training.drawings import golden_images
 from training.evaluate import accuracy, infer
 from training.loop import Emit
 from training.networks import ConvNet, Network
+from training.networks.network import BOUNDED
 
 SEEN = 128  # pictures that ranges are chosen by
 DRAWN = 64  # golden ones beside them; they are also those whose logits are kept, for more take time and show no more
@@ -77,8 +80,8 @@ def golden_logits(folded: Network, ranges: Ranges, golden: Tensor) -> Logits:
 
 def convolutions(network: Network) -> list[nn.Conv2d]:
     """Those that run in int8, in the order of the graph."""
-    in_float32 = 2 if isinstance(network, ConvNet) and network.whiten else 1
-    return [module for module in network.modules() if isinstance(module, nn.Conv2d)][in_float32:]
+    too_wide = isinstance(network, ConvNet) and network.whiten and not isinstance(network.activation, BOUNDED)
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)][2 if too_wide else 1 :]
 
 
 @torch.inference_mode()
@@ -129,12 +132,13 @@ def simulated(folded: Network, ranges: Ranges) -> Network:
     copy = deepcopy(folded)
     for convolution, scale, zero in zip(convolutions(copy), ranges.scales.tolist(), ranges.zeros.tolist(), strict=True):
         _round_weights(convolution)
-        convolution.register_forward_pre_hook(
-            lambda _, given, scale=scale, zero=zero: torch.fake_quantize_per_tensor_affine(
-                given[0], scale, zero, 0, MAX_BYTE
-            )
-        )
+        convolution.register_forward_pre_hook(partial(_round_input, scale=scale, zero=zero))
     return copy
+
+
+def _round_input(_: nn.Module, given: tuple[Tensor], *, scale: float, zero: int) -> None:
+    """In place: what goes around the convolution is rounded as well."""
+    given[0].copy_(torch.fake_quantize_per_tensor_affine(given[0], scale, zero, 0, MAX_BYTE))
 
 
 @torch.no_grad()

@@ -345,7 +345,9 @@ def _move_biases_behind_pools(model: Any) -> None:
 def _quantize(model: Any, ranges: Ranges) -> None:
     """Round what goes into the last convolutions, one for each range; the compiler then computes them on bytes.
 
-    Weights are rounded to 255 steps between plus and minus the largest of their output channel.
+    What else takes it in gets it rounded too. The largest of rounded values is the largest one rounded: what goes into
+    a maximum is rounded already, so that the convolution above writes bytes. Weights are rounded to 255 steps between
+    plus and minus the largest of their output channel.
     """
     from openvino import opset13
 
@@ -359,6 +361,11 @@ def _quantize(model: Any, ranges: Ranges) -> None:
     convolutions = convolutions[-len(ranges) :]
     for node, scale, zero in zip(convolutions, ranges.scales, ranges.zeros.astype(np.float32), strict=True):
         x, weights = node.input_values()
-        node.input(0).replace_source_output(rounded(x, -zero * scale, (255 - zero) * scale, 256))
+        if x.get_node().get_type_name() == "MaxPool":
+            x = x.get_node().input_value(0)
+        users = x.get_target_inputs()
+        as_bytes = rounded(x, -zero * scale, (255 - zero) * scale, 256)
+        for user in users:
+            user.replace_source_output(as_bytes)
         largest = np.abs(weights.get_node().data).max((1, 2, 3), keepdims=True).clip(1e-12)
         node.input(1).replace_source_output(rounded(weights, -largest, largest, 255))

@@ -29,8 +29,9 @@ def form() -> Int8:
     return quantize(network(), data.train.images, data.test, data.test.images[:32], 1.0)
 
 
-def test_the_int8_form_answers_nearly_as_float32_does() -> None:
-    data, net = squares(), network()
+@pytest.mark.parametrize("changes", [{}, {"activation": "relu6", "convolutions": 3}])
+def test_the_int8_form_answers_nearly_as_float32_does(changes: dict[str, object]) -> None:
+    data, net = squares(), network(**changes)
     int8 = quantize(net, data.train.images, data.test, data.test.images, 1.0)
     with torch.no_grad():
         exact = net(data.test.images).numpy()
@@ -46,10 +47,23 @@ def test_the_network_itself_stays_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_the_first_convolution_stays_in_float32_and_the_second_where_the_first_whitens() -> None:
+def test_the_first_convolution_stays_in_float32_and_the_second_where_the_first_whitens_without_bounds() -> None:
     plain, whitened = network(), network(whiten=True)
+    bounded = network(whiten=True, activation="relu6")
+    assert convolutions(bounded) == [bounded.groups[0].conv1, bounded.groups[0].conv2]
     assert convolutions(plain) == [plain.groups[0].conv1, plain.groups[0].conv2]
     assert convolutions(whitened) == [whitened.groups[0].conv2]
+
+
+def test_what_goes_around_a_convolution_is_rounded_as_well() -> None:
+    net = network(activation="relu6", convolutions=3).folded()
+    seen: list[torch.Tensor] = []
+    net.groups[0].conv2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # what is also added later
+    coarse = simulated(net, Ranges(np.ones(3, np.float32), np.zeros(3, np.uint8)))
+    with torch.inference_mode():
+        coarse(squares().test.images)
+    assert torch.equal(seen[0], seen[0].round())
+    assert seen[0].max() > 0
 
 
 def test_zero_is_a_step_and_a_lone_large_value_is_cut_off() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from training.networks.network import ACTIVATIONS, Activation, Network
+from training.networks.network import ACTIVATIONS, NEVER_FALLING, Activation, Network
 
 Pool = Literal["max", "mean and max"]
 
@@ -72,7 +72,8 @@ class ConvNet(Network):
         """Each norm is folded into the convolution before it.
 
         The first of a group stands after the pooling, but its scale (1 / deviation) is positive, so it commutes with
-        the maximum.
+        the maximum. So does an activation that never falls; before the pooling it is one with the convolution, and what
+        is pooled, and written in between, can be bytes where the network runs in int8.
         """
         copy = deepcopy(self).eval()
         for group in copy.groups:
@@ -105,14 +106,19 @@ class Group(nn.Module):
             self.conv3 = _conv(outputs, outputs)
             self.norm3 = _norm(outputs)
         self.activation = ACTIVATIONS[activation]()
+        self.pools_last = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv1(x), 2)  # pooling first: norm and activation then touch a quarter of the values
-        x = self.activation(self.norm1(x))
+        x = self._halved(self.conv1(x))
         y = self.norm2(self.conv2(x))
         if self.has_third:
             y = self.norm3(self.conv3(self.activation(y))) + x
         return self.activation(y)
+
+    def _halved(self, x: Tensor) -> Tensor:
+        if self.pools_last:
+            return F.max_pool2d(self.activation(x), 2)
+        return self.activation(self.norm1(F.max_pool2d(x, 2)))  # norm and activation touch a quarter of the values
 
     def fold(self) -> None:
         assert isinstance(self.norm1, nn.BatchNorm2d)
@@ -122,6 +128,7 @@ class Group(nn.Module):
         if self.has_third:
             assert isinstance(self.norm3, nn.BatchNorm2d)
             self.conv3, self.norm3 = fuse_conv_bn_eval(self.conv3, self.norm3), nn.Identity()
+        self.pools_last = isinstance(self.activation, NEVER_FALLING)
 
 
 def whitening_filters(images: Tensor, kernel: int) -> Tensor:

@@ -9,15 +9,18 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-Activation = Literal["sigmoid", "tanh", "relu", "leaky relu", "gelu", "silu"]
+Activation = Literal["sigmoid", "tanh", "relu", "relu6", "leaky relu", "gelu", "silu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
     "leaky relu": nn.LeakyReLU,
     "gelu": nn.GELU,
     "silu": nn.SiLU,
 }
+BOUNDED = (nn.Sigmoid, nn.Tanh, nn.ReLU6)  # however large what goes in
+NEVER_FALLING = (*BOUNDED, nn.ReLU, nn.LeakyReLU)  # the largest of several stays the largest
 
 Normalization = Literal["standard", "unit"]
 Initialization = Literal["default", "normal", "scaled normal", "xavier", "he"]
