@@ -206,7 +206,8 @@ def timed(folder: Path, archive: Path, *, data: Path = DATA, **wanted: Any) -> R
 
 
 def load(name: str, data: Path = DATA) -> Dataset:
-    return datasets.load(name, store.read_manifest(ROOT / "artifacts", BundleRef(name, "1")).input, data)
+    ref = BundleRef(name, store.active(ROOT / "artifacts", name) or "1")
+    return datasets.load(name, store.read_manifest(ROOT / "artifacts", ref).input, data)
 
 
 def drawn(name: str, count: int, seed: int) -> tuple[Dataset, Tensor, Tensor]:

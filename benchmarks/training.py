@@ -4,9 +4,11 @@
     python -m benchmarks.training --rows mnist-996 --seeds 10
     python -m benchmarks.training --docs                and write the table into docs/training.md; `make bench-training`
 
-Each run is a process of its own, with the data decoded and cached; rows take turns, seed by seed. It needs MNIST and
-CIFAR-10 in SAFELIGHT_DATA. A row's recipe is trained on all of the training split but for a hold-out of 1 %; the test
-split is read once a run. What a figure is compared with stands beside it: our own target, or what was published.
+All rows take a day, so what is written is kept in benchmarks/training.json: a row stays as it was until it is measured
+again, and what was never measured says so. Each run is a process of its own, with the data decoded and cached; rows
+take turns, seed by seed. It needs MNIST and CIFAR-10 in SAFELIGHT_DATA. A row's recipe is trained on all of the
+training split but for a hold-out of 1 %; the test split is read once a run. What a figure is compared with stands
+beside it: our own target, or what was published.
 """
 
 import argparse
@@ -44,8 +46,17 @@ ROWS = {
     "mnist-996": Row("mnist-996", 10, 0.996, seconds=40, memory=6),
     "mnist-99": Row("mnist-99", 10, 0.99, seconds=5, memory=6),
 }
+KEPT = ROOT / "benchmarks" / "training.json"
 REFERENCE = "plain airbench94"  # ours is measured against it in the same run
 FASTER = 2.8  # times the reference
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row as it was measured last."""
+
+    conditions: str
+    runs: list["Run"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,14 @@ def main() -> None:
                 runs[name].append(measure(name, row, seed))
                 print(f"- {name}, seed {seed}: {runs[name][-1]}", flush=True)
     verdicts = [verdict for name, row in wanted.items() for verdict in judge(name, row, runs)]
-    text = report(wanted, runs)
-    print(text)
+    now = conditions()
+    measured = {name: Measured(now, found) for name, found in runs.items() if found}
+    print(report(wanted, measured))
     for verdict in verdicts:
         print(f"{'met' if verdict.passed else 'MISSED'}: {verdict.rule}: {verdict.found}")
-    save("training", verdicts, conditions(), options.results)
+    save("training", verdicts, now, options.results)
     if options.docs:
-        write_into(ROOT / "docs" / "training.md", "training", text)
+        write_into(ROOT / "docs" / "training.md", "training", report(rows(), keep(measured)))
 
 
 def parse() -> argparse.Namespace:
@@ -161,26 +173,43 @@ def judge(name: str, row: Row, runs: dict[str, list[Run]]) -> Iterator[Verdict]:
         yield Verdict(f"`{name}`: at least {FASTER} times the reference", f"{ratio:.2f} times", ratio >= FASTER)
 
 
-def report(wanted: dict[str, Row], runs: dict[str, list[Run]]) -> str:
+def keep(measured: dict[str, Measured]) -> dict[str, Measured]:
+    """Put these rows in place of what was kept of them before; all that is kept now."""
+    before = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = {name: Measured(row["conditions"], [Run(**run) for run in row["runs"]]) for name, row in before.items()}
+    kept |= measured
+    KEPT.write_text(json.dumps({name: asdict(row) for name, row in kept.items()}, indent=1) + "\n")
+    return kept
+
+
+def report(shown: dict[str, Row], measured: dict[str, Measured]) -> str:
+    """One table; `note` is the number of the conditions that a row was measured under."""
     from training.recipes import RECIPES
 
     lines = []
-    for name, row in wanted.items():
-        found = runs[name]
+    notes = list(dict.fromkeys(row.conditions for row in measured.values()))
+    for name, row in shown.items():
         recipe = RECIPES.get(row.recipe)
         aim = recipe.published if recipe and recipe.published else f"{row.accuracy:.2%}" if row.accuracy else ""
+        if name not in measured:
+            lines.append((f"`{name}`", "", aim, "not measured yet", "", "", "", "", ""))
+            continue
+        found = measured[name].runs
         single, views = ([getattr(run, part) for run in found] for part in ("single", "views"))
-        shown = [f"{statistics.mean(part):.2%}{deviation(part)}" for part in (single, views)]
+        scores = [f"{statistics.mean(part):.2%}{deviation(part)}" for part in (single, views)]
         times = [run.seconds for run in found]
         spread = f" ({min(times):.1f} to {max(times):.1f})" if len(times) > 1 else ""
         within = f" of {row.seconds:g}" if row.seconds else ""
         first = f"{statistics.median(run.to_first_step for run in found):.1f}"
         memory = f"{max(run.memory for run in found):.1f}"
         time_taken = f"{statistics.median(times):.1f}{within}{spread}"
-        views_shown = shown[1] if views != single else ""
-        lines.append((f"`{name}`", str(len(found)), aim, shown[0], views_shown, time_taken, first, memory))
-    head = ("recipe", "n", "aim", "single view", "with views", "seconds", "to first step", "GB")
-    return f"{table(head, lines)}\n\n{conditions()}"
+        of_views = scores[1] if views != single else ""
+        note = str(notes.index(measured[name].conditions) + 1)
+        lines.append((f"`{name}`", str(len(found)), aim, scores[0], of_views, time_taken, first, memory, note))
+    head = ("recipe", "n", "aim", "single view", "with views", "seconds", "to first step", "GB", "note")
+    legend = "Accuracy: mean ± deviation over seeds; seconds: median (least to greatest)."
+    told = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n\n".join([table(head, lines), legend, "\n".join(told)])
 
 
 def deviation(values: Sequence[float]) -> str:
@@ -197,7 +226,7 @@ def conditions() -> str:
     precision = str(training_precision(torch.device("cpu"))).removeprefix("torch.")
     return (
         f"{time.strftime('%Y-%m-%d')}, {processor()}, {processors()} threads, convolutions in {precision}, "
-        f"torch {torch.__version__}. Accuracy: mean ± deviation over seeds; seconds: median (least to greatest)."
+        f"torch {torch.__version__}"
     )
 
 

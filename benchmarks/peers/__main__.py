@@ -29,7 +29,7 @@ from training.bundle import store
 from training.bundle.manifest import MODULE, Manifest
 from training.processors import processors
 
-REF = store.BundleRef("cifar10", "1")
+REF = store.BundleRef("cifar10", store.active(ROOT / "artifacts", "cifar10") or "1")
 PRECISIONS = ("float32", "bfloat16")
 PACKAGES = ["torch", "fastapi", "uvicorn", "litserve", "bentoml", "ray", "torchserve", "mlserver", "nvidia-pytriton"]
 

@@ -20,14 +20,14 @@ from PIL import Image
 
 from benchmarks import pictures
 from benchmarks.peers import forms, processes, report
-from benchmarks.peers.__main__ import fastest, note, parse, softmax
+from benchmarks.peers.__main__ import REF, fastest, note, parse, softmax
 from benchmarks.peers.measure import compare, figures, parse_wrk, write_requests, wrk
 from benchmarks.peers.servers import ALL, KINDS, ROOT, Server, choose
 from benchmarks.targets import write_into
 from training.bundle import store
 
 CLASSES = ["cat", "dog"]
-SPEC = store.read_manifest(ROOT / "artifacts", store.BundleRef("cifar10", "1")).input
+SPEC = store.read_manifest(ROOT / "artifacts", REF).input
 
 
 def servers(*words: str) -> list[Server]:

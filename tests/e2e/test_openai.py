@@ -18,6 +18,7 @@ from openai import OpenAI
 from PIL import Image, ImageDraw
 
 from tests.tiny import Server, serving
+from training.bundle import store
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +116,7 @@ def test_the_same_archive_is_the_same_file_and_can_be_read_back(client: OpenAI, 
 def test_a_job_is_paused_resumed_and_cancelled_and_its_file_deleted(client: OpenAI, pets: Path) -> None:
     file = client.files.create(file=pets, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
-        model="cifar10@1",
+        model=f"cifar10@{store.active(ROOT / 'artifacts', 'cifar10')}",
         training_file=file.id,
         suffix="shapes",
         seed=3,
