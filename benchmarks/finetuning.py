@@ -33,12 +33,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-from benchmarks.serving import ROOT, bodies, wait_until_it_answers, wrk
+from benchmarks.serving import ROOT, active, bodies, wait_until_it_answers, wrk
 from service.client import Client
 from service.jobs.job import Job
 from training import datasets
 from training.bundle import store
-from training.bundle.store import BundleRef
 from training.datasets import Dataset, Split
 
 DATA = Path(os.environ["SAFELIGHT_DATA"]).resolve()
@@ -206,8 +205,7 @@ def timed(folder: Path, archive: Path, *, data: Path = DATA, **wanted: Any) -> R
 
 
 def load(name: str, data: Path = DATA) -> Dataset:
-    ref = BundleRef(name, store.active(ROOT / "artifacts", name) or "1")
-    return datasets.load(name, store.read_manifest(ROOT / "artifacts", ref).input, data)
+    return datasets.load(name, store.read_manifest(ROOT / "artifacts", active(name)).input, data)
 
 
 def drawn(name: str, count: int, seed: int) -> tuple[Dataset, Tensor, Tensor]:

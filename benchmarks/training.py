@@ -4,7 +4,7 @@
     python -m benchmarks.training --rows mnist-996 --seeds 10
     python -m benchmarks.training --docs                and write the table into docs/training.md; `make bench-training`
 
-All rows take a day, so what is written is kept in benchmarks/training.json: a row stays as it was until it is measured
+All rows take hours, so what is written is kept in benchmarks/training.json: a row stays as it was until it is measured
 again, and what was never measured says so. Each run is a process of its own, with the data decoded and cached; rows
 take turns, seed by seed. It needs MNIST and CIFAR-10 in SAFELIGHT_DATA. A row's recipe is trained on all of the
 training split but for a hold-out of 1 %; the test split is read once a run. What a figure is compared with stands
@@ -52,20 +52,20 @@ FASTER = 2.8  # times the reference
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A row as it was measured last."""
-
-    conditions: str
-    runs: list["Run"]
-
-
-@dataclass(frozen=True)
 class Run:
     single: float
     views: float
     seconds: float  # from the start of the process
     to_first_step: float
     memory: float  # GB, at its most
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row as it was measured last."""
+
+    conditions: str
+    runs: list[Run]
 
 
 def main() -> None:

@@ -24,12 +24,13 @@ from benchmarks.peers import processes, report
 from benchmarks.peers.forms import Rows
 from benchmarks.peers.measure import MANY, MANY_CONNECTIONS, Plan, measure
 from benchmarks.peers.servers import APPS, KINDS, ROOT, Safelight, Server, choose
+from benchmarks.serving import active
 from benchmarks.targets import RESULTS, save, write_into
 from training.bundle import store
 from training.bundle.manifest import MODULE, Manifest
 from training.processors import processors
 
-REF = store.BundleRef("cifar10", store.active(ROOT / "artifacts", "cifar10") or "1")
+REF = active("cifar10")
 PRECISIONS = ("float32", "bfloat16")
 PACKAGES = ["torch", "fastapi", "uvicorn", "litserve", "bentoml", "ray", "torchserve", "mlserver", "nvidia-pytriton"]
 

@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-
-from training import guest
 
 HELLO = "print('ready', flush=True); "
 
@@ -58,27 +57,44 @@ def test_it_goes_when_its_parent_s_end_of_stdin_is_closed() -> None:
         assert process.wait(10) == -15
 
 
-NICE = "import os; from training import guest; guest.step_back(); print(os.nice(0), guest.AUTOGROUP.read_text())"
-NICE_WITHOUT_GROUPS = (
-    "import os, pathlib; from training import guest; guest.AUTOGROUP = pathlib.Path('/proc/none'); "
+NICE = (
+    "import os, pathlib, sys; from training import guest; guest.AUTOGROUP = pathlib.Path(sys.argv[1]); "
     "guest.step_back(); print(os.nice(0))"
 )
 
 
-def test_who_steps_back_is_nice_also_where_no_sessions_are_grouped() -> None:
-    command = [sys.executable, "-c", NICE_WITHOUT_GROUPS]
-    assert subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout == "19\n"
+def nice(group: Path, *, own_session: bool) -> str:
+    """What a process that has stepped back says of its niceness; `group` stands for the file of its session's."""
+    command = [sys.executable, "-c", NICE, str(group)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=own_session).stdout
 
 
-@pytest.mark.skipif(not guest.AUTOGROUP.exists(), reason="this system doesn't group processes by session")
-def test_who_steps_back_does_so_among_sessions_too() -> None:
-    command = [sys.executable, "-c", NICE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True)
-    nice, _group, *session = done.stdout.split()
-    assert (nice, session) == ("19", ["nice", "19"])
+@pytest.mark.parametrize(("own_session", "told"), [(True, "19"), (False, "as it was")])
+def test_who_steps_back_does_so_among_sessions_too_but_only_for_itself(
+    tmp_path: Path, own_session: bool, told: str
+) -> None:
+    group = tmp_path / "autogroup"
+    group.write_text("as it was")
+    assert (nice(group, own_session=own_session), group.read_text()) == ("19\n", told)
 
 
-@pytest.mark.skipif(not guest.AUTOGROUP.exists(), reason="this system doesn't group processes by session")
-def test_who_steps_back_leaves_the_session_of_others_as_it_is() -> None:
-    done = subprocess.run([sys.executable, "-c", NICE], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["19", *guest.AUTOGROUP.read_text().split()]  # nothing where it is in no group
+def test_who_steps_back_is_nice_also_where_no_sessions_are_grouped(tmp_path: Path) -> None:
+    assert nice(tmp_path / "none" / "autogroup", own_session=True) == "19\n"
+
+
+def test_the_system_takes_it_as_the_niceness_of_the_session() -> None:
+    """Asked of a new session: this one may be in no group where the system has them all the same."""
+    program = "from training import guest; {}; print(guest.AUTOGROUP.read_text() if guest.AUTOGROUP.exists() else '')"
+    before, after = (
+        subprocess.run(
+            [sys.executable, "-c", program.format(step)],
+            capture_output=True,
+            text=True,
+            check=True,
+            start_new_session=True,
+        ).stdout.split()
+        for step in ("pass", "guest.step_back()")
+    )
+    if not before:
+        pytest.skip("this system doesn't group processes by session")
+    assert (before[1:], after[1:]) == (["nice", "0"], ["nice", "19"])

@@ -57,8 +57,8 @@ CIFAR10_TEACHER = CIFAR10.model_copy(
         "cutout": 12,
     }
 )
-# ReLU6 for serving: all but the stem runs on bytes, and pools them, which takes 0.6 of SiLU's time. Not what is in the
-# box: it is more often right, but less well calibrated (docs/experiments.md).
+# ReLU6 for serving: all but stem and head can run on bytes, in 0.6 of SiLU's time. It isn't what is in the box: more
+# often right, but less well calibrated, and its strangers leave nothing to check int8 by (docs/experiments.md).
 CIFAR10_STUDENT = CIFAR10.model_copy(
     update={
         "name": "cifar10-student",

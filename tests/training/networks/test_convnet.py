@@ -34,7 +34,7 @@ def test_any_picture_size_and_class_count_will_do(channels: int, height: int, wi
         assert network.eval()(pictures(count, channels, height, width)).shape == (count, classes)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "relu6", "leaky relu", "gelu", "silu"])
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("convolutions", [2, 3])
 def test_folding_changes_no_answer(activation: Any, whiten: bool, convolutions: Any) -> None:
