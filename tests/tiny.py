@@ -83,7 +83,7 @@ class Fragile(Greys):
 class Slow(Greys):
     """Greys that take some milliseconds a batch, for eigenvalues that nobody needs."""
 
-    def __init__(self, rounds: int = 30) -> None:
+    def __init__(self, rounds: int = 60) -> None:
         super().__init__()
         self.rounds = rounds
 

@@ -571,9 +571,9 @@ def test_a_deadline_that_passes_while_a_version_is_loaded_names_the_load(setting
 
 
 def test_a_deadline_that_passes_at_the_engine_names_it(settings: Settings) -> None:
-    make_bundle(settings.artifacts, module=Slow(rounds=100))
+    make_bundle(settings.artifacts, module=Slow(rounds=500))  # 25 ms on a fast processor
     with application(settings, max_batch=1) as client:
-        slow = files(*[grey(1)] * 200)  # decoded and begun with within a second, but not done
+        slow = files(*[grey(1)] * 200)  # decoded and begun with within a second, done in five
         response = client.post("/predict", files=slow, headers={"X-Deadline-Ms": "1000"})
         assert problem(response) == {
             "title": "Not answered in time",
