@@ -24,6 +24,7 @@ from training.bundle.images import Pixels
 
 REMEMBERED = 256  # pictures whose pace counts, or so: one that met a bad moment doesn't speak for the next
 TURN = 0.02  # seconds, after which another engine may have the device
+AT_ONCE = 0.001  # seconds that a lone picture may take to be computed on the event loop
 BEGUN_WITH = 32  # pictures that the pace measured at load counts for
 
 T = TypeVar("T")  # what comes of one picture
@@ -112,17 +113,21 @@ class Batcher(Generic[T]):
         max_batch: int,
         queue_size: int,
         seconds_per_image: float,
+        lone_seconds: float,
         meter: Meter,
     ) -> None:
+        """`seconds_per_image` is of one among many, `lone_seconds` of one alone."""
         self._run = run
         self._thread = thread
         self._max_batch = max_batch
         self._queue_size = queue_size
         self._pace = Pace(seconds_per_image)
+        self._lone_at_once = lone_seconds <= AT_ONCE
         self._meter = meter
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Place[T]] = deque()
         self._pending = 0
+        self._last_batch = 1
         thread.join(self._take_turn)
 
     @contextmanager
@@ -167,7 +172,7 @@ class Batcher(Generic[T]):
             images, begun + deadline - self._loop.time(), begun, self._loop.create_future()
         )
         self._queue.extend((submission, place) for place in range(len(images)))
-        self._loop.call_soon(self._thread.wake)  # once the other requests that are ready have come this far
+        self._loop.call_soon(self._begin)  # once the other requests that are ready have come this far
         expiry = self._loop.call_at(deadline, submission.expire)  # asyncio.timeout_at takes five times as long
         try:
             await submission.done
@@ -189,6 +194,13 @@ class Batcher(Generic[T]):
         self._pending += change
         self._meter.pending(self._pending)
 
+    def _begin(self) -> None:
+        """Wake the engine's thread, but for a picture that is alone, as the one before was: to hand it over and back
+        takes longer than to wait for it. Where there are others, they can be read meanwhile."""
+        alone = self._lone_at_once and len(self._queue) == self._last_batch == 1
+        if not (alone and self._thread.take_here(self._take_one)):
+            self._thread.wake()
+
     def _take_turn(self) -> bool:
         """Batch after batch, until the queue is empty or it is another engine's turn; whether anything is left.
 
@@ -201,6 +213,12 @@ class Batcher(Generic[T]):
             self._loop.call_soon_threadsafe(_settle, batch, outcomes, now)
             if now >= end:
                 break
+        return bool(self._queue)
+
+    def _take_one(self) -> bool:
+        """A turn on the event loop."""
+        if batch := self._next_batch():
+            _settle(batch, self._run_batch(batch), time.perf_counter())
         return bool(self._queue)
 
     def _next_batch(self) -> list[Place[T]]:
@@ -218,6 +236,7 @@ class Batcher(Generic[T]):
         """One outcome for each picture, come what may: nobody may wait in vain."""
         images = [submission.images[place] for submission, place in batch]
         begun = time.perf_counter()
+        self._last_batch = len(batch)
         for submission, _ in batch:
             submission.started = submission.started or begun
         try:

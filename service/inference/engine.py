@@ -94,7 +94,7 @@ class Engine:
                 yield size
 
     def seconds_per_image(self, max_batch: int) -> float:
-        """At the largest timed batch that may be: the rate that the batcher starts from."""
+        """At the largest timed batch that may be: with 1, of a picture alone, else the rate the batcher starts from."""
         timing = next(timing for timing in self.timings if timing.name == self.chosen)
         batch = max(size for size in timing.milliseconds if size <= max_batch)
         return timing.milliseconds[batch] / 1000 / batch

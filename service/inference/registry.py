@@ -454,6 +454,7 @@ class Registry:
             max_batch=self.limits.max_batch,
             queue_size=self.limits.queue_size,
             seconds_per_image=loaded.seconds_per_image(self.limits.max_batch),
+            lone_seconds=loaded.seconds_per_image(1),
             meter=_Meter(ref),
         )
         self._engines.spread(loaded.meet_sizes(self.limits.max_batch))

@@ -17,6 +17,7 @@ class EngineThread:
     def __init__(self) -> None:
         self._turns: tuple[Turn, ...] = ()  # replaced as a whole: the thread may be in the middle of them
         self._replacing = threading.Lock()
+        self._device = threading.Lock()  # held for the length of a turn
         self._woken = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)  # holds up no exit
@@ -51,6 +52,18 @@ class EngineThread:
         """There is something to do."""
         self._woken.set()
 
+    def take_here(self, turn: Turn) -> bool:
+        """Take a turn in the caller's own thread, unless somebody has one; whether it was taken."""
+        if not self._device.acquire(blocking=False):
+            return False
+        try:
+            left = turn()
+        finally:
+            self._device.release()
+        if left:
+            self.wake()
+        return True
+
     def close(self) -> None:
         """Return once the turn that is under way is over."""
         self._closed = True
@@ -66,7 +79,9 @@ class EngineThread:
     def _take_turns(self) -> None:
         """One each. Not in `_work`, whose variables would keep the last one's engine while it waits."""
         for turn in self._turns:
-            if _take(turn):
+            with self._device:
+                left = _take(turn)
+            if left:
                 self._woken.set()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
-from service.inference.batcher import TURN, Batcher, Submission
+from service.inference.batcher import AT_ONCE, TURN, Batcher, Submission
 from service.inference.turns import EngineThread
 
 POISON = 255
@@ -25,6 +25,7 @@ class Engine:
 
     sizes: list[int] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
     go: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)
     rows_short: int = 0
@@ -34,6 +35,7 @@ class Engine:
         assert self.go.wait(10)
         values = images[:, 0, 0, 0].astype(int)
         self.sizes.append(len(values))
+        self.threads.append(threading.get_ident())
         if POISON in values:
             raise RuntimeError("poisoned")
         self.computed.extend(values.tolist())
@@ -88,6 +90,7 @@ def run(
     max_batch: int = 8,
     queue_size: int = 64,
     seconds_per_image: float = 0.0,
+    lone_seconds: float = 1.0,
 ) -> Bench:
     """Run an async test on a fresh batcher; a held engine waits for `go`."""
     engine, meter = Engine(), Meter()
@@ -102,6 +105,7 @@ def run(
                 max_batch=max_batch,
                 queue_size=queue_size,
                 seconds_per_image=seconds_per_image,
+                lone_seconds=lone_seconds,
                 meter=meter,
             )
             bench = Bench(batcher, engine, meter)
@@ -125,6 +129,43 @@ def test_an_idle_engine_starts_at_once_and_arrivals_gather_while_it_runs() -> No
         assert await asyncio.gather(first, *others) == [[1], [2], [3], [4]]
 
     assert run(test, held=True).meter.batches == [1, 3]
+
+
+def test_a_picture_that_is_alone_as_the_one_before_was_is_computed_on_the_event_loop_where_that_is_quick() -> None:
+    here = threading.get_ident()
+
+    async def test(bench: Bench) -> None:
+        assert await bench.ask(1) == [1]
+        assert bench.engine.threads == [here]
+        assert await bench.ask(2, 3) == [2, 3]
+        assert await asyncio.gather(bench.ask(4), bench.ask(5)) == [[4], [5]]
+        assert await bench.ask(6) == [6]  # after others more may come: they are read meanwhile
+        assert await bench.ask(POISON) == [-1]
+        assert await bench.ask(7) == [7]
+
+    bench = run(test, lone_seconds=AT_ONCE)
+    assert bench.engine.sizes == [1, 2, 2, 1, 1, 1]
+    assert [thread == here for thread in bench.engine.threads] == [True, False, False, False, True, True]
+    assert bench.meter.batches == [1, 2, 2, 1, 1, 1]
+
+    async def slow(bench: Bench) -> None:
+        assert await bench.ask(1) == [1]
+
+    assert run(slow, lone_seconds=2 * AT_ONCE).engine.threads != [here]
+
+
+def test_a_picture_that_comes_while_the_engine_is_busy_never_holds_up_the_event_loop() -> None:
+    here = threading.get_ident()
+
+    async def test(bench: Bench) -> None:
+        first = asyncio.create_task(bench.ask(1, 2))
+        await bench.settle()
+        second = asyncio.create_task(bench.ask(3))
+        await bench.settle()  # would not return if the loop had waited for the engine
+        bench.engine.go.set()
+        assert await asyncio.gather(first, second) == [[1, 2], [3]]
+
+    assert here not in run(test, held=True, lone_seconds=0).engine.threads
 
 
 def test_a_batch_holds_no_more_than_its_limit() -> None:
@@ -310,7 +351,9 @@ def test_two_engines_on_one_device_take_turns() -> None:
 
         with closing(EngineThread()) as thread:
             batchers = {
-                name: Batcher(engine(name), thread, max_batch=1, queue_size=99, seconds_per_image=0, meter=Meter())
+                name: Batcher(
+                    engine(name), thread, max_batch=1, queue_size=99, seconds_per_image=0, lone_seconds=1, meter=Meter()
+                )
                 for name in "ab"
             }
             images = [np.zeros((1, 2, 2), np.uint8)] * 4
@@ -333,10 +376,15 @@ requests = st.lists(
 )
 
 
-@given(requests=requests, max_batch=st.integers(1, 7), queue_size=st.integers(5, 20))
-@hypothesis_settings(deadline=None, max_examples=60)
+@given(
+    requests=requests,
+    max_batch=st.integers(1, 7),
+    queue_size=st.integers(5, 20),
+    lone_seconds=st.sampled_from([0.0, 1.0]),
+)
+@hypothesis_settings(deadline=None, max_examples=100)
 def test_whatever_comes_and_goes_each_caller_gets_its_own_answers(
-    requests: list[tuple[list[int], str, int]], max_batch: int, queue_size: int
+    requests: list[tuple[list[int], str, int]], max_batch: int, queue_size: int, lone_seconds: float
 ) -> None:
     async def test(bench: Bench) -> None:
         tasks = []
@@ -354,6 +402,6 @@ def test_whatever_comes_and_goes_each_caller_gets_its_own_answers(
             else:
                 assert isinstance(outcome, QueueFull if fate == "stay" else (QueueFull, asyncio.CancelledError))
 
-    bench = run(test, max_batch=max_batch, queue_size=queue_size)
+    bench = run(test, max_batch=max_batch, queue_size=queue_size, lone_seconds=lone_seconds)
     assert bench.meter.last_pending == 0
     assert all(size <= max_batch for size in bench.engine.sizes)

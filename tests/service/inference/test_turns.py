@@ -132,3 +132,33 @@ def test_the_thread_keeps_nothing_of_who_has_left() -> None:
         thread.leave(worker.take_turn)
         del worker
         assert gone.wait(10)
+
+
+def test_a_turn_is_taken_in_the_callers_thread_only_while_nobody_else_has_one() -> None:
+    here, threads = threading.get_ident(), []
+    begun, go, again = threading.Event(), threading.Event(), threading.Event()
+
+    def long() -> bool:
+        begun.set()
+        assert go.wait(10)
+        return False
+
+    def unfinished() -> bool:
+        threads.append(threading.get_ident())
+        if len(threads) > 1:
+            again.set()
+        return len(threads) == 1
+
+    with closing(EngineThread()) as thread:
+        thread.join(long)
+        thread.wake()
+        assert begun.wait(10)
+        assert not thread.take_here(unfinished)
+        thread.leave(long)
+        go.set()
+        thread.join(unfinished)
+        while not thread.take_here(unfinished):
+            again.wait(0.001)
+        assert again.wait(10)  # what it left is done by the thread
+    assert threads[0] == here
+    assert here not in threads[1:]
