@@ -1,6 +1,7 @@
 """Augmentation of whole batches: one call changes every image, each in its own way.
 
-Randomness is drawn from a generator that the caller seeds by step, so a resumed run sees the same pictures.
+Randomness is drawn from a generator that the caller seeds by step, so a resumed run sees the same pictures. It is drawn
+on the CPU, so that every device sees the same too; the pictures stay where they are.
 """
 
 import math
@@ -22,12 +23,13 @@ def move(images: Tensor, down: Tensor, right: Tensor, shift: int) -> Tensor:
     height, width = images.shape[2:]
     padded = F.pad(images.float(), (shift,) * 4, mode="reflect")
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N, C, 2 * shift + 1, 2 * shift + 1, H, W], a view
-    return windows[torch.arange(len(images)), :, shift + down, shift + right]
+    which, down, right = torch.arange(len(images)), shift + down, shift + right
+    return windows[which.to(images.device), :, down.to(images.device), right.to(images.device)]
 
 
 def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
     """Mirror those images [N, C, H, W] that are marked [N]."""
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
@@ -41,7 +43,7 @@ def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
     covered_columns = (columns >= left) & (columns < left + size)  # [N, W]
     covered = (covered_rows[:, :, None] & covered_columns[:, None, :]).unsqueeze(1)  # [N, 1, H, W]
     mean = images.float().mean((0, 2, 3), keepdim=True)  # [1, C, 1, 1]
-    return torch.where(covered, mean, images)
+    return torch.where(covered.to(images.device), mean, images)
 
 
 def random_affine(
@@ -52,7 +54,7 @@ def random_affine(
     Each amount is drawn evenly from ± `degrees`, 1 ± `scale`, ± `shear` degrees and ± `shift` pixels.
     """
     count, _, height, width = images.shape
-    draw = torch.rand(5, count, generator=generator) * 2 - 1  # [5, N]
+    draw = (torch.rand(5, count, generator=generator) * 2 - 1).to(images.device)  # [5, N]
     angle, slant = draw[0] * math.radians(degrees), torch.tan(draw[1] * math.radians(shear))
     zoom = 1 / (1 + draw[2] * scale)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom

@@ -45,6 +45,11 @@ class State:
     over: bool = False  # before its last step: nothing got better any more
     best: dict[str, Tensor] | None = None  # the weights with the best hold-out accuracy so far, where they are kept
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What convolutions are computed in, from the run's beginning to its end."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.arithmetic["precision"]]
+
     def count(self, loss_sum: float, right: int, seen: int, seconds: float) -> None:
         """One more step is done: `seen` pictures, so many of them `right`; `seconds` since the run began."""
         self.step += 1

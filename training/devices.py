@@ -67,6 +67,11 @@ def training_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if seconds[torch.bfloat16] * WORTH_IT < seconds[torch.float32] else torch.float32
 
 
+def in_precision(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """Within it convolutions and matrix products are computed in bfloat16, where that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16)
+
+
 def _convolution_seconds(dtype: torch.dtype) -> float:
     """Processor time of a convolution of a common size, there and back: the least of a few."""
     images = torch.ones(16, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()

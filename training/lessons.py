@@ -15,6 +15,7 @@ from torch import Tensor
 from training import augment, checkpoint, events
 from training.checkpoint import CheckpointError
 from training.datasets import Split
+from training.devices import in_precision
 from training.evaluate import infer
 from training.networks import Network
 from training.recipes import Recipe
@@ -79,7 +80,7 @@ def _look(
         seen = augment.mirror(augment.move(images.cpu(), down, right, shift), mirrored)
         return teacher(seen.to(device, memory_format=torch.channels_last))
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision is torch.bfloat16):
+    with in_precision(precision, device):
         return infer(classify, split.images, device, batch=BATCH).half()
 
 

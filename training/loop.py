@@ -19,15 +19,24 @@ from torch import Generator, Tensor
 
 from training import augment, checkpoint, events
 from training.checkpoint import State
-from training.costs import cost, held_out_cost, penalty
+from training.costs import held_out_cost
 from training.datasets import Dataset, Split, holdout
 from training.devices import device_name, training_precision
 from training.drawings import drawn_images
 from training.evaluate import accuracy, infer
+from training.gradient import Batch, Gradient
+from training.graph import Recorded, recorder
 from training.hold import working_time
 from training.lessons import Lessons
 from training.networks import Network, build
-from training.optimizers import build_optimizers, clip_gradient, gradient_norms, set_learning_rate
+from training.optimizers import (
+    build_optimizers,
+    clip_gradient,
+    gradient_norms,
+    place_learning_rates,
+    set_learning_rate,
+    step_all,
+)
 from training.ranks import ALONE, Ranks
 from training.recipes import Muon, Recipe
 
@@ -89,6 +98,8 @@ def train(
     Raises Interrupted, Diverged, CheckpointError.
     """
     torch.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where steps are recorded
     fitted, held = holdout(dataset.train, recipe.holdout)
     batches = Batches(fitted, recipe, seed, device, lessons, ranks)
     steps = max(1, round(recipe.epochs * batches.per_epoch))
@@ -103,6 +114,9 @@ def train(
     identity |= {"teacher": lessons.teacher} if lessons else {}
     keeper = Keeper(run / CHECKPOINT, network, optimizers, ranks, emit)
     state = keeper.begin(State(identity, arithmetic_of(device, precision)), resume)
+    place_learning_rates(optimizers, device)
+    gradient = Gradient(network, recipe, scale, state.precision, device, recorder(device))
+    take_step = Recorded(lambda: step_all(optimizers), recorder(device))
 
     emit(_started(recipe, dataset, seed, device, state, steps))
     with stop_signals() as stopped, _shown(run, state.step, watched and ranks.is_first) as shown:
@@ -114,22 +128,16 @@ def train(
 
             set_learning_rate(optimizers, recipe, state.step, steps)
             network.train()
-            network.zero_grad()
             seed_dropout(seed_of(seed, "dropout", state.step), device)
-            with in_precision_of(state, device):
-                outputs = network(batch.images)
-            loss = cost(recipe, outputs.float(), batch.labels, batch.taught)
-            ((loss + penalty(recipe, network)) * scale).backward()
+            loss, right = gradient(batch)
             ranks.average_gradients(network, len(batch.labels) / batches.size)
-            right = float((outputs[: len(batch.labels)].argmax(1) == batch.labels).sum())
-            loss_sum, right = ranks.sum([loss.item() * len(batch.labels), right], device)
+            loss_sum, all_right = ranks.sum([loss.item() * len(batch.labels), right.item()], device)
             if not math.isfinite(loss_sum):
                 raise Diverged(state.step, keeper.good_step)
             clip_gradient(network, recipe.clip_norm)
-            for optimizer in optimizers:
-                optimizer.step()
+            take_step()
 
-            state.count(loss_sum, int(right), batches.size, clock.seconds())
+            state.count(loss_sum, int(all_right), batches.size, clock.seconds())
             emit(clock.progress(state.step / batches.per_epoch, loss_sum / batches.size, state.right / state.seen))
             if state.step % batches.per_epoch == 0 or state.step == steps:
                 row = _end_epoch(state, recipe, network, held, device, batches.per_epoch)
@@ -152,13 +160,6 @@ def new_network(recipe: Recipe, dataset: Dataset) -> Network:
     return build(recipe.network, arguments)
 
 
-@dataclass(frozen=True)
-class Batch:
-    images: Tensor  # [B + S, C, H, W], pixels 0 … 255 of some type; the last S are strangers
-    labels: Tensor  # [B]
-    taught: Tensor | None  # [B, K], a teacher's logits of these very views
-
-
 class Batches:
     """Augmented batches, each a function of the seed and the step. Every epoch has its own order; the rest that doesn't
     fill a batch is left for another epoch's order to bring in."""
@@ -172,14 +173,14 @@ class Batches:
         lessons: Lessons | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.split = split
+        self.images, self.labels = split.images.to(device), split.labels.to(device)  # [N, C, H, W] and [N], once
         self.recipe = recipe
         self.seed = seed
         self.device = device
         self.lessons = lessons
         self.ranks = ranks
         self.size = min(recipe.batch_size, len(split))
-        self.strangers = _drawn(recipe, seed)  # [D, C, H, W]
+        self.strangers = _drawn(recipe, seed).to(device)  # [D, C, H, W]
         self.per_epoch = len(split) // self.size
         self._mirrored_first = torch.rand(len(split), generator=generator(seed, "mirror")) < 0.5  # [N]
         self._order = self._epoch_order(0)
@@ -190,7 +191,8 @@ class Batches:
             self._order = self._epoch_order(epoch)
         index = self.ranks.share(self._order[1][place * self.size : (place + 1) * self.size])  # [B]
         random = generator(self.seed, "augment", step * self.ranks.count + self.ranks.rank)
-        images, recipe = self.split.images[index], self.recipe
+        here = index.to(self.device)
+        images, recipe = self.images[here], self.recipe
         if recipe.affine.moves:
             images = augment.random_affine(images, **recipe.affine.model_dump(), generator=random)
         down = right = torch.zeros(len(index), dtype=torch.long)
@@ -205,13 +207,12 @@ class Batches:
             images = augment.cutout(images, recipe.cutout, random)
         if recipe.strangers:
             strange = torch.randint(len(self.strangers), (round(recipe.strangers * len(index)),), generator=random)
-            images = torch.cat([images.float(), self.strangers[strange].float()])
+            images = torch.cat([images.float(), self.strangers[strange.to(self.device)].float()])
         taught = None if self.lessons is None else self.lessons.of(index, mirrored, down, right).to(self.device)
-        images = images.to(self.device, memory_format=torch.channels_last)
-        return Batch(images, self.split.labels[index].to(self.device), taught)
+        return Batch(images.to(memory_format=torch.channels_last), self.labels[here], taught)
 
     def _epoch_order(self, epoch: int) -> tuple[int, Tensor]:
-        return epoch, torch.randperm(len(self.split), generator=generator(self.seed, "order", epoch))
+        return epoch, torch.randperm(len(self.labels), generator=generator(self.seed, "order", epoch))
 
 
 def _drawn(recipe: Recipe, seed: int) -> Tensor:
@@ -333,11 +334,6 @@ def arithmetic_of(device: torch.device, precision: torch.dtype) -> dict[str, str
         "precision": str(precision).removeprefix("torch."),
         "torch": str(torch.__version__),  # a plain string: loading a checkpoint allows no other class
     }
-
-
-def in_precision_of(state: State, device: torch.device) -> torch.autocast:
-    """What a run computes its convolutions in, from its beginning to its end."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=state.arithmetic["precision"] == "bfloat16")
 
 
 def _started(

@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
     1, and the bank itself is kept at norm sqrt(o), so the learning rate alone says how fast directions change.
     """
 
-    def __init__(self, filters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+    def __init__(self, filters: Iterable[nn.Parameter], lr: float | Tensor, momentum: float) -> None:
         super().__init__(filters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -32,7 +32,14 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].mul_(group["momentum"]).add_(filters.grad)
                 update = filters.grad.add(momentum, alpha=group["momentum"])  # Nesterov
                 filters.mul_(len(filters) ** 0.5 / filters.norm())
-                filters.add_(orthogonal(update.flatten(1)).view_as(filters), alpha=-group["lr"])
+                _step_back(filters, orthogonal(update.flatten(1)).view_as(filters), group["lr"])
+
+
+def _step_back(weights: Tensor, update: Tensor, rate: float | Tensor) -> None:
+    if isinstance(rate, Tensor):
+        weights.addcmul_(update, rate, value=-1)
+    else:
+        weights.add_(update, alpha=-rate)
 
 
 def orthogonal(matrix: Tensor, iterations: int = 3) -> Tensor:
@@ -51,24 +58,31 @@ def orthogonal(matrix: Tensor, iterations: int = 3) -> Tensor:
 
 
 def build_optimizers(network: nn.Module, recipe: Recipe, batch_size: int) -> list[torch.optim.Optimizer]:
-    """The recipe's optimizers of everything that is trained, each group with its peak learning rate."""
+    """The recipe's optimizers of everything that is trained, each group with its peak learning rate.
+
+    On CUDA their steps can be recorded as a graph.
+    """
+    fused = True if next(network.parameters()).device.type == "cuda" else None  # else torch's choice
     match recipe.optimizer:
         case recipes.Muon() as settings:
-            optimizers = _muon_beside_sgd(network, settings, batch_size)
+            optimizers = _muon_beside_sgd(network, settings, batch_size, fused)
         case recipes.SGD() as settings:
             groups = _decayed(network, settings.weight_decay)
             momentum, nesterov = settings.momentum, settings.nesterov
-            optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=nesterov)]
+            optimizers = [torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=nesterov, fused=fused)]
         case recipes.Adam() as settings:
             adam = torch.optim.Adam if settings.kind == "adam" else torch.optim.AdamW
-            optimizers = [adam(_decayed(network, settings.weight_decay), lr=settings.lr, betas=settings.betas)]
+            groups = _decayed(network, settings.weight_decay)
+            optimizers = [adam(groups, lr=settings.lr, betas=settings.betas, fused=fused, capturable=fused is not None)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def _muon_beside_sgd(network: nn.Module, settings: recipes.Muon, batch_size: int) -> list[torch.optim.Optimizer]:
+def _muon_beside_sgd(
+    network: nn.Module, settings: recipes.Muon, batch_size: int, fused: bool | None
+) -> list[torch.optim.Optimizer]:
     """Sort the trainable parameters by shape: filters to Muon, biases and the head to SGD."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     filters = [parameter for parameter in trainable if parameter.ndim == 4]
@@ -80,7 +94,7 @@ def _muon_beside_sgd(network: nn.Module, settings: recipes.Muon, batch_size: int
         {"params": biases, "lr": settings.bias_lr, "weight_decay": decay / settings.bias_lr},
         {"params": heads, "lr": settings.head_lr, "weight_decay": decay / settings.head_lr},
     ]
-    sgd = torch.optim.SGD(rest, lr=settings.head_lr, momentum=settings.momentum, nesterov=True)
+    sgd = torch.optim.SGD(rest, lr=settings.head_lr, momentum=settings.momentum, nesterov=True, fused=fused)
     return [Muon(filters, lr=settings.filter_lr, momentum=settings.filter_momentum), sgd] if filters else [sgd]
 
 
@@ -91,6 +105,11 @@ def _decayed(network: nn.Module, weight_decay: float) -> list[dict[str, object]]
         {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim == 1], "weight_decay": 0.0},
     ]
+
+
+def step_all(optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def clip_gradient(network: nn.Module, longest: float | None) -> None:
@@ -107,6 +126,14 @@ def gradient_norms(network: nn.Module) -> dict[str, float]:
     }
 
 
+def place_learning_rates(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
+    """On CUDA they stand in its memory, where a recorded step reads them anew; elsewhere they are numbers."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
+
+
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], recipe: Recipe, step: int, steps: int) -> None:
     """Before a step, of `steps` in all: up to the peak, where the recipe has a warm-up, and along its schedule to zero.
 
@@ -118,4 +145,8 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], recipe: Recipe, s
         share = min(share, (step + 1) / (recipe.warm_up * steps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+            rate = group["peak"] * share
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

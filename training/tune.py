@@ -22,18 +22,9 @@ from torch import Tensor, nn
 from training import augment, checkpoint, events, report
 from training.checkpoint import State
 from training.datasets import Split
+from training.devices import in_precision
 from training.evaluate import accuracy, infer
-from training.loop import (
-    CHECKPOINT,
-    Clock,
-    Diverged,
-    Emit,
-    Interrupted,
-    arithmetic_of,
-    generator,
-    in_precision_of,
-    stop_signals,
-)
+from training.loop import CHECKPOINT, Clock, Diverged, Emit, Interrupted, arithmetic_of, generator, stop_signals
 from training.networks import ConvNet
 from training.probe import balancing_weights
 
@@ -172,7 +163,7 @@ class _Tuning:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(self.state.step) * BACKOFF**self.state.attempt
         self.current.eval()  # the norms keep their statistics, also in a batch of strange pictures
-        with in_precision_of(self.state, self.device):
+        with in_precision(self.state.precision, self.device):
             logits = self.current(images)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = (losses * weights).sum() / weights.sum()

@@ -1,13 +1,24 @@
 """The optimizers: what Muon keeps, how parameters are sorted, and where the learning rate ends."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.tiny import TINY
 from training import recipes
+from training.graph import WARM_UP, Recorded
 from training.networks import build
-from training.optimizers import Muon, build_optimizers, clip_gradient, orthogonal, set_learning_rate
+from training.optimizers import (
+    Muon,
+    build_optimizers,
+    clip_gradient,
+    orthogonal,
+    place_learning_rates,
+    set_learning_rate,
+    step_all,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -163,3 +174,47 @@ def test_a_gradient_that_is_too_long_is_shortened() -> None:
         layer.weight.grad, layer.bias.grad = torch.zeros(2, 3), torch.full((2,), 30 / 2**0.5)
         clip_gradient(layer, longest)
         assert layer.bias.grad.norm().item() == pytest.approx(length, rel=1e-4)
+
+
+def by_hand(work: Callable[[], None]) -> tuple[None, Callable[[], None]]:
+    """Records as CUDA does: it isn't done yet, and each replay does it with what stands in the same memory."""
+    return None, work
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        recipes.Muon(filter_lr=0.1, bias_lr=0.05, head_lr=1e-3, weight_decay=1e-4),
+        recipes.SGD(lr=0.1, momentum=0.9, weight_decay=1e-3),
+        recipes.Adam(kind="adamw", lr=0.01, weight_decay=1e-2),
+    ],
+    ids=["muon", "sgd", "adamw"],
+)
+def test_a_recorded_step_reads_its_rates_anew(optimizer: recipes.Muon | recipes.SGD | recipes.Adam) -> None:
+    recipe = TINY.model_copy(update={"optimizer": optimizer})
+    plain, recorded = (build("convnet", TINY.arguments | {"channels": 1, "classes": 2}) for _ in range(2))
+    recorded.load_state_dict(plain.state_dict())
+    theirs, ours = build_optimizers(plain, recipe, 16), build_optimizers(recorded, recipe, 16)
+    for group in (group for one in ours for group in one.param_groups):
+        group["lr"] = torch.tensor(group["lr"])  # as on CUDA
+    take_step = Recorded(lambda: step_all(ours), by_hand)
+    for step in range(WARM_UP + 5):
+        for network in (plain, recorded):
+            for number, parameter in enumerate(network.parameters()):
+                parameter.grad = normal(*parameter.shape, seed=100 * step + number)
+        set_learning_rate(theirs, recipe, step, 10)
+        set_learning_rate(ours, recipe, step, 10)
+        step_all(theirs)
+        take_step()
+    for one, other in zip(plain.parameters(), recorded.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_rates_of_a_run_that_was_begun_elsewhere_are_numbers_again_on_the_cpu() -> None:
+    network = build("convnet", TINY.arguments | {"channels": 1, "classes": 2})
+    optimizers = build_optimizers(network, TINY, 16)
+    for group in (group for one in optimizers for group in one.param_groups):
+        group["lr"] = torch.tensor(0.25)
+    place_learning_rates(optimizers, torch.device("cpu"))
+    assert [group["lr"] for one in optimizers for group in one.param_groups] == [0.25] * 3
+    assert all(isinstance(group["lr"], float) for one in optimizers for group in one.param_groups)
