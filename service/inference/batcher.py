@@ -108,6 +108,7 @@ class Batcher(Generic[T]):
     def __init__(
         self,
         run: Run[T],
+        run_beside: Run[T],
         thread: EngineThread,
         *,
         max_batch: int,
@@ -116,8 +117,9 @@ class Batcher(Generic[T]):
         lone_seconds: float,
         meter: Meter,
     ) -> None:
-        """`seconds_per_image` is of one among many, `lone_seconds` of one alone."""
-        self._run = run
+        """`run_beside` is for pictures of several requests: it leaves the event loop a processor to read more of them.
+        `seconds_per_image` is of one picture among many, `lone_seconds` of one alone."""
+        self._run, self._run_beside = run, run_beside
         self._thread = thread
         self._max_batch = max_batch
         self._queue_size = queue_size
@@ -127,7 +129,7 @@ class Batcher(Generic[T]):
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Place[T]] = deque()
         self._pending = 0
-        self._last_batch = 1
+        self._alone = True  # the last batch was of one request
         thread.join(self._take_turn)
 
     @contextmanager
@@ -195,10 +197,10 @@ class Batcher(Generic[T]):
         self._meter.pending(self._pending)
 
     def _begin(self) -> None:
-        """Wake the engine's thread, but for a picture that is alone, as the one before was: to hand it over and back
-        takes longer than to wait for it. Where there are others, they can be read meanwhile."""
-        alone = self._lone_at_once and len(self._queue) == self._last_batch == 1
-        if not (alone and self._thread.take_here(self._take_one)):
+        """Wake the engine's thread, but for a picture that is alone, as the request before was: to hand it over and
+        back takes longer than to wait for it. Where there are others, they can be read meanwhile."""
+        lone = self._lone_at_once and self._alone and len(self._queue) == 1
+        if not (lone and self._thread.take_here(self._take_one)):
             self._thread.wake()
 
     def _take_turn(self) -> bool:
@@ -236,11 +238,12 @@ class Batcher(Generic[T]):
         """One outcome for each picture, come what may: nobody may wait in vain."""
         images = [submission.images[place] for submission, place in batch]
         begun = time.perf_counter()
-        self._last_batch = len(batch)
+        alone, before = all(submission is batch[0][0] for submission, _ in batch), self._alone
+        self._alone = alone
         for submission, _ in batch:
             submission.started = submission.started or begun
         try:
-            outcomes = self._compute(images)
+            outcomes = self._compute(self._run if alone and before else self._run_beside, images)
             self._pace.done(len(batch))
             self._meter.batch(len(batch))
         except Exception as error:
@@ -248,10 +251,10 @@ class Batcher(Generic[T]):
             return [InferenceFailed(f"the batch of this picture failed ({type(error).__name__})")] * len(batch)
         return outcomes
 
-    def _compute(self, images: list[Pixels]) -> Sequence[T | InferenceFailed]:
+    def _compute(self, run: Run[T], images: list[Pixels]) -> Sequence[T | InferenceFailed]:
         """Run a batch; where it fails, halve it until only the guilty pictures fail."""
         try:
-            outcomes = self._run(np.stack(images))
+            outcomes = run(np.stack(images))
             if len(outcomes) != len(images):
                 raise ValueError(f"the engine answered {len(images)} pictures with {len(outcomes)} rows")
         except Exception as error:  # whatever the engine's library raises
@@ -260,6 +263,6 @@ class Batcher(Generic[T]):
             return outcomes
         if len(images) > 1:
             half = len(images) // 2
-            return [*self._compute(images[:half]), *self._compute(images[half:])]
+            return [*self._compute(run, images[:half]), *self._compute(run, images[half:])]
         logger.error("the engine failed on a picture", exc_info=failure)
         return [InferenceFailed(f"the model failed on this picture ({type(failure).__name__})")]

@@ -20,11 +20,12 @@ from service.errors import (
 )
 from service.inference.batcher import Batcher, Run
 from service.inference.cache import Cache, digest_of, key_of
-from service.inference.engine import Engine
+from service.inference.engine import Engine, Runner
 from service.telemetry import CACHE_SECONDS, FAILED_SECONDS, IMAGES, STAGE_SECONDS
 from training import SafelightError
 from training.bundle.answers import Answer, Row, rank
 from training.bundle.images import ImageRejected, Pixels, decode, decode_quickly
+from training.bundle.manifest import Manifest
 
 Picture = bytes | Pixels | SafelightError  # pixels are as the network takes them; a failure keeps its place
 
@@ -60,13 +61,13 @@ class Computed:
         return found
 
 
-def ranked(engine: Engine) -> Run[Row]:
-    """The engine's run and what its logits say, for a batcher; logits that aren't finite fail their own picture."""
+def ranked(runner: Runner, manifest: Manifest) -> Run[Row]:
+    """An engine's run and what its logits say, for a batcher; logits that aren't finite fail their own picture."""
 
     def run(images: NDArray[np.uint8]) -> list[Row | InferenceFailed]:
-        logits = engine.run(images)  # [N, K]
+        logits = runner(images)  # [N, K]
         finite = np.asarray(np.isfinite(logits).all(axis=1))  # [N]
-        ranking = rank(logits if finite.all() else np.nan_to_num(logits), engine.manifest)
+        ranking = rank(logits if finite.all() else np.nan_to_num(logits), manifest)
         failed = InferenceFailed("the model answered this picture with NaN or infinity")
         return [(ranking, row) if good else failed for row, good in enumerate(finite.tolist())]
 

@@ -449,7 +449,8 @@ class Registry:
 
     def _new_predictor(self, ref: BundleRef, loaded: engine.Engine) -> Predictor:
         batcher = Batcher(
-            ranked(loaded),
+            ranked(loaded.run, loaded.manifest),
+            ranked(loaded.run_beside, loaded.manifest),
             self._engines,
             max_batch=self.limits.max_batch,
             queue_size=self.limits.queue_size,

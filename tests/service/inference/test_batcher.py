@@ -29,6 +29,11 @@ class Engine:
     go: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)
     rows_short: int = 0
+    sizes_beside: list[int] = field(default_factory=list)
+
+    def beside(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.sizes_beside.append(len(images))
+        return self(images)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.begun.set()
@@ -101,6 +106,7 @@ def run(
         with closing(EngineThread()) as thread:
             batcher = Batcher(
                 engine,
+                engine.beside,
                 thread,
                 max_batch=max_batch,
                 queue_size=queue_size,
@@ -131,7 +137,7 @@ def test_an_idle_engine_starts_at_once_and_arrivals_gather_while_it_runs() -> No
     assert run(test, held=True).meter.batches == [1, 3]
 
 
-def test_a_picture_that_is_alone_as_the_one_before_was_is_computed_on_the_event_loop_where_that_is_quick() -> None:
+def test_a_picture_that_is_alone_as_the_request_before_was_is_computed_on_the_event_loop_where_that_is_quick() -> None:
     here = threading.get_ident()
 
     async def test(bench: Bench) -> None:
@@ -152,6 +158,20 @@ def test_a_picture_that_is_alone_as_the_one_before_was_is_computed_on_the_event_
         assert await bench.ask(1) == [1]
 
     assert run(slow, lone_seconds=2 * AT_ONCE).engine.threads != [here]
+
+
+def test_all_processors_are_for_requests_that_are_alone() -> None:
+    async def test(bench: Bench) -> None:
+        assert await bench.ask(1, 2, 3) == [1, 2, 3]
+        assert await bench.ask(*range(20)) == [*range(20)]  # batch after batch of the same request
+        assert bench.engine.sizes_beside == []
+        assert await asyncio.gather(bench.ask(4, 5), bench.ask(6)) == [[4, 5], [6]]
+        assert await bench.ask(7) == [7]  # there were others a moment ago
+        assert bench.engine.sizes_beside == [3, 1]
+        assert await bench.ask(8) == [8]
+        assert bench.engine.sizes_beside == [3, 1]
+
+    assert run(test).engine.sizes == [3, 8, 8, 4, 3, 1, 1]
 
 
 def test_a_picture_that_comes_while_the_engine_is_busy_never_holds_up_the_event_loop() -> None:
@@ -352,7 +372,14 @@ def test_two_engines_on_one_device_take_turns() -> None:
         with closing(EngineThread()) as thread:
             batchers = {
                 name: Batcher(
-                    engine(name), thread, max_batch=1, queue_size=99, seconds_per_image=0, lone_seconds=1, meter=Meter()
+                    engine(name),
+                    engine(name),
+                    thread,
+                    max_batch=1,
+                    queue_size=99,
+                    seconds_per_image=0,
+                    lone_seconds=1,
+                    meter=Meter(),
                 )
                 for name in "ab"
             }

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_openvino_computes_pool_and_activation_in_their_order(tmp_path: Path, ac
         ref = make_bundle(tmp_path, module=torch.jit.trace(network.folded(), pixels))
     folder, manifest = ref.path(tmp_path), store.read_manifest(tmp_path, ref)
     golden = read_golden(folder / GOLDEN, manifest)
-    logits = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), "f32")(golden.images)
+    logits = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), 1, "f32")(golden.images)
     np.testing.assert_allclose(logits, golden.logits, atol=1e-4 * np.abs(golden.logits).max())
 
 
@@ -175,7 +176,7 @@ def test_int8_answers_what_its_exporter_saw(tmp_path: Path, quantized: BundleRef
     folder, manifest = quantized.path(tmp_path), store.read_manifest(tmp_path, quantized)
     int8 = read_int8(folder / INT8)
     assert int8 is not None
-    run = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), "f32", int8.ranges)
+    run = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), 1, "f32", int8.ranges)
     found = run(read_golden(folder / GOLDEN, manifest).images)
     assert deviation(int8.logits, found) < MAX_DEVIATION
     assert timing_of(load(tmp_path, quantized)).refused is None
@@ -193,30 +194,62 @@ def test_convolutions_after_the_first_run_on_bytes_and_where_an_activation_never
     int8 = read_int8(folder / INT8)
     assert int8 is not None
     graph = engine._openvino_graph(folder / MODULE, SPEC.shape)
-    compiled = engine._compiled(graph, "f32", int8.ranges).get_runtime_model()
+    compiled = engine._compiled(graph, 1, "f32", int8.ranges).get_runtime_model()
     facts = [node.get_rt_info() for node in compiled.get_ordered_ops()]
     ways = [(fact["layerType"].value, fact["runtimePrecision"].value) for fact in facts]
     assert [way for layer, way in ways if layer == "Convolution"] == convolutions
     assert [way for layer, way in ways if layer == "Pooling"] == pools
 
 
-def test_threads_are_pinned_only_where_the_engine_has_all_processors(
-    tmp_path: Path, quantized: BundleRef, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_are_pinned_only_where_the_engine_has_all_processors(tmp_path: Path, quantized: BundleRef) -> None:
     graph = engine._openvino_graph(quantized.path(tmp_path) / MODULE, SPEC.shape)
     for threads, pinned in [(allowed_processors(), True), (allowed_processors() - 1, allowed_processors() == 1)]:
-        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: max(1, count))
-        model = engine._compiled(graph, "f32", None)
+        model = engine._compiled(graph, max(1, threads), "f32", None)
+        assert model.get_property("INFERENCE_NUM_THREADS") == max(1, threads)
         assert model.get_property("ENABLE_CPU_PINNING") is pinned
+
+
+@pytest.mark.skipif(allowed_processors() == 1, reason="there is none to leave")
+def test_with_a_processor_left_to_others_the_answers_are_the_same_bytes(tmp_path: Path, quantized: BundleRef) -> None:
+    loaded = load(tmp_path, quantized)
+    golden = read_golden(quantized.path(tmp_path) / GOLDEN, loaded.manifest)
+    if loaded.chosen.startswith("openvino"):
+        assert loaded.run_beside is not loaded.run
+    for size in (1, 2, 31, 256):
+        assert loaded.run_beside(golden.images[:size]).tobytes() == loaded.run(golden.images[:size]).tobytes()
+
+
+def test_one_picture_goes_where_it_is_clearly_quicker() -> None:
+    sizes: dict[str, list[int]] = {"fewer": [], "all": []}
+
+    def runner(name: str, seconds: float) -> engine.Runner:
+        def run(images: np.ndarray) -> Logits:
+            time.sleep(seconds)
+            sizes[name].append(len(images))
+            return np.zeros((len(images), 16), np.float32)
+
+        return run
+
+    images = np.zeros((5, *SPEC.shape), np.uint8)
+    for fewer, everything, taken in [(0.001, 0.02, "fewer"), (0.02, 0.001, "all"), (0.02, 0.02, "all")]:
+        run = engine._quicker_for_one(runner("fewer", fewer), runner("all", everything), images[:1])
+        for found in sizes.values():
+            found.clear()
+        for size in (1, 5):
+            run(images[:size])
+        assert sizes == ({"fewer": [1], "all": [5]} if taken == "fewer" else {"fewer": [], "all": [1, 5]})
 
 
 def test_sizes_of_batches_that_were_not_run_at_load_are_run_one_by_one(tmp_path: Path, quantized: BundleRef) -> None:
     loaded = load(tmp_path, quantized)
-    shapes: list[tuple[int, ...]] = []
-    run = loaded.run
-    watched = replace(loaded, chosen="openvino f32", run=lambda images: shapes.append(images.shape) or run(images))
+    shapes: dict[str, list[tuple[int, ...]]] = {"run": [], "run_beside": []}
+
+    def watching(name: str) -> engine.Runner:
+        return lambda images: shapes[name].append(images.shape) or getattr(loaded, name)(images)
+
+    watched = replace(loaded, chosen="openvino f32", run=watching("run"), run_beside=watching("run_beside"))
     assert list(watched.meet_sizes(max_batch=11)) == [9, 10, 11]
-    assert shapes == [(size, *SPEC.shape) for size in (9, 10, 11)]
+    assert shapes == dict.fromkeys(shapes, [(size, *SPEC.shape) for size in (9, 10, 11)])
     assert list(watched.meet_sizes(max_batch=4096))[-1] == engine.MEETS_LAST
     assert list(replace(watched, chosen="torchscript float32").meet_sizes(max_batch=64)) == []
 

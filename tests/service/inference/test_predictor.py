@@ -1,7 +1,6 @@
 import asyncio
 import io
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ def test_logits_that_are_not_finite_fail_their_picture_alone(artifacts: Path, va
             return logits
 
         images = np.stack([decode(grey(level), SPEC) for level in (1, 2, 3)])
-        first, failed, last = ranked(replace(predictor.engine, run=broken))(images)
+        first, failed, last = ranked(broken, predictor.manifest)(images)
         assert str(failed) == "the model answered this picture with NaN or infinity"
         assert isinstance(failed, InferenceFailed)
         labels = [row[0].answer(row[1], 1).best.label for row in (first, last)]  # type: ignore[index, union-attr]
