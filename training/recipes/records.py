@@ -25,6 +25,7 @@ MNIST_996 = MNIST.model_copy(
     update={
         "name": "mnist-996",
         "summary": "MNIST to 99.6 % as fast as can be.",
+        "expected_accuracy": 0.996,
         "epochs": 5,
     }
 )

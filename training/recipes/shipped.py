@@ -6,12 +6,12 @@ MNIST = Recipe(
     name="mnist",
     summary="Handwritten digits, 28 x 28 grey.",
     dataset="mnist",
-    expected_accuracy=0.996,
+    expected_accuracy=0.997,
     input=DIGIT,
     network="convnet",
     # A stride of 2 in the stem: digits need no more than 12 x 12 places, and cost a quarter.
     arguments={"widths": [64, 128], "stem_width": 32, "stem_kernel": 5, "stem_stride": 2, "activation": "silu"},
-    epochs=10,
+    epochs=20,
     batch_size=500,
     optimizer=Muon(filter_lr=0.1, bias_lr=0.053, head_lr=4e-5, weight_decay=2e-6),  # head: 0.67 / 128², as below
     label_smoothing=0.1,
