@@ -79,7 +79,7 @@ def test_the_readmes_curl_lines_give_the_readmes_answers(command: str, answer: s
     assert found == pytest.approx(expected, abs=0.02)
 
 
-# What a curl line is answered with here: no version 2, three pictures, no SAFELIGHT_DATA, and pets.zip sent before.
+# What a curl line is answered with here: no version 1, three pictures, no SAFELIGHT_DATA, and pets.zip sent before.
 ANSWERS = {
     "DELETE": 404,
     "<base64": 400,

@@ -44,7 +44,7 @@ from training.drawings import golden_images
 from training.evaluate import confusion, infer, metrics
 from training.gate import Verdict
 from training.loop import Trained
-from training.networks import Network, macs, parameters
+from training.networks import ConvNet, Network, macs, parameters
 from training.recipes import Recipe
 from training.report import History
 from training.trials import Trials
@@ -234,8 +234,15 @@ def write_portable_module(path: Path, network: Network, shape: tuple[int, int, i
     """As `write_module`, for servers that run what they are given as it is: computed in `dtype`, weights channels last.
 
     On CPUs, convolutions take that order faster; a bundle doesn't need it, as its engine arranges the weights itself.
+    Normalisation and a stem that whitens stay in float32, for they blow small differences up.
     """
-    _trace(path, network.folded().to(dtype), shape)
+    folded = network.folded()
+    if isinstance(folded, ConvNet) and folded.whiten:
+        folded.groups = nn.Sequential(_Cast(dtype), *folded.groups).to(dtype)
+        folded.head.to(dtype)
+    else:
+        folded.to(dtype)
+    _trace(path, folded, shape)
 
 
 def _trace(path: Path, network: Network, shape: tuple[int, int, int]) -> None:
@@ -261,6 +268,15 @@ def read_module(path: Path) -> nn.Module:
     with _quiet():
         module: nn.Module = torch.jit.load(path, map_location="cpu")
     return module.eval()
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
 
 class _Exported(nn.Module):

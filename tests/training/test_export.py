@@ -198,11 +198,14 @@ def test_the_module_agrees_with_the_network_at_any_batch_size(name: str, tmp_pat
 def test_a_portable_module_agrees_with_the_network_at_any_batch_size(
     name: str, precision: torch.dtype, tolerance: float, tmp_path: Path
 ) -> None:
-    """bfloat16 has eight bits: logits may be off by 3 % of their spread, float32's by 1e-4."""
+    """bfloat16 has eight bits: logits may be off by 3 % of their spread, float32's by 1e-4. A stem that whitens blows
+    small differences up, so it stays in float32."""
     network, shape = used(name)
     write_portable_module(tmp_path / "portable.ts", network, shape, precision)
     module = torch.jit.load(tmp_path / "portable.ts")
-    assert {parameter.dtype for parameter in module.parameters()} == {precision}
+    for layer, parameter in module.named_parameters():
+        in_full = name == "whitened" and layer.startswith("network.stem.")
+        assert parameter.dtype == (torch.float32 if in_full else precision), layer
     images = pixels(65, shape)
     expected = infer(network, images, CPU)
     for size in (1, 2, 3, 16, 65):
