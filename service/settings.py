@@ -70,12 +70,18 @@ class Settings(BaseSettings):
         50_000_000, ge=1, description="Largest picture, width x height, read from its header before it is decoded."
     )
     max_images: int = Field(256, ge=1, le=100_000, description="Most pictures in one request.")
-    max_batch: int = Field(32, ge=1, le=4096, description="Most pictures that the engine computes at once.")
+    max_batch: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="Most pictures that the engine computes at once. More is no faster on a CPU, and takes memory; "
+        "a GPU wants 64 or more.",
+    )
     queue_size: int = Field(
         384,
         ge=1,
         description="Pictures of one version that may wait or be decoded at once; beyond that, 429 with Retry-After. "
-        "The default is the largest request and two batches: more of a queue only makes waiting longer.",
+        "The default is the largest request and half as much: more of a queue only makes waiting longer.",
     )
     cache_mb: int = Field(
         0, ge=0, description="Memory, in each worker, for answers to pictures that come again; 0: none are kept."

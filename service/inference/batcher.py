@@ -130,6 +130,7 @@ class Batcher(Generic[T]):
         self._queue: deque[Place[T]] = deque()
         self._pending = 0
         self._alone = True  # the last batch was of one request
+        self._beginning = False  # `_begin` is about to be called
         thread.join(self._take_turn)
 
     @contextmanager
@@ -174,7 +175,9 @@ class Batcher(Generic[T]):
             images, begun + deadline - self._loop.time(), begun, self._loop.create_future()
         )
         self._queue.extend((submission, place) for place in range(len(images)))
-        self._loop.call_soon(self._begin)  # once the other requests that are ready have come this far
+        if not self._beginning:
+            self._beginning = True
+            self._loop.call_soon(self._begin)  # once the other requests that are ready have come this far
         expiry = self._loop.call_at(deadline, submission.expire)  # asyncio.timeout_at takes five times as long
         try:
             await submission.done
@@ -199,6 +202,7 @@ class Batcher(Generic[T]):
     def _begin(self) -> None:
         """Wake the engine's thread, but for a picture that is alone, as the request before was: to hand it over and
         back takes longer than to wait for it. Where there are others, they can be read meanwhile."""
+        self._beginning = False
         lone = self._lone_at_once and self._alone and len(self._queue) == 1
         if not (lone and self._thread.take_here(self._take_one)):
             self._thread.wake()
