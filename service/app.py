@@ -99,10 +99,11 @@ def resources(settings: Settings) -> Callable[[FastAPI], AbstractAsyncContextMan
 
 def engine_limits(settings: Settings) -> Limits:
     """What one worker may use. Raises DeviceUnavailable."""
+    device = choose_device(settings.device)
     return Limits(
-        device=choose_device(settings.device),
+        device=device,
         threads=settings.threads_each,
-        max_batch=settings.max_batch,
+        max_batch=settings.max_batch or (8 if device.type == "cpu" else 64),
         queue_size=settings.queue_size,
         max_pixels=settings.max_image_pixels,
         loaded_versions=settings.loaded_versions,

@@ -71,11 +71,11 @@ class Settings(BaseSettings):
     )
     max_images: int = Field(256, ge=1, le=100_000, description="Most pictures in one request.")
     max_batch: int = Field(
-        8,
-        ge=1,
+        0,
+        ge=0,
         le=4096,
-        description="Most pictures that the engine computes at once. More is no faster on a CPU, and takes memory; "
-        "a GPU wants 64 or more.",
+        description="Most pictures that the engine computes at once; 0: 8 on a CPU, where more is no faster and takes "
+        "memory, else 64.",
     )
     queue_size: int = Field(
         384,

@@ -46,17 +46,18 @@ class Gradient:
     ) -> None:
         """The loss is multiplied by `scale` before it is differentiated."""
         self._network, self._recipe, self._scale = network, recipe, scale
-        self._precision, self._device = precision, device
-        self._recorded = None if record is None else Recorded(lambda: self._pass(self._place), record)
-        self._place: Batch
+        self._precision, self._device, self._record = precision, device, record
+        self._recorded: tuple[Batch, Recorded[Passed]] | None = None  # from the batch that it reads, copied there
 
     def __call__(self, batch: Batch) -> Passed:
-        if self._recorded is None:
+        if self._record is None:
             return self._pass(batch)
-        if not hasattr(self, "_place"):
-            self._place = batch.clone()
-        self._place.copy_(batch)
-        return self._recorded()
+        if self._recorded is None:
+            place = batch.clone()
+            self._recorded = place, Recorded(lambda: self._pass(place), self._record)
+        place, passed = self._recorded
+        place.copy_(batch)
+        return passed()
 
     def _pass(self, batch: Batch) -> Passed:
         self._network.zero_grad(set_to_none=True)  # so that a recording writes gradients, and doesn't add to them

@@ -62,7 +62,7 @@ async def info(registry: RegistryDep, settings: SettingsDep) -> Info:
             "max_dataset_bytes": settings.max_dataset_bytes,
             "max_image_pixels": settings.max_image_pixels,
             "max_images": settings.max_images,
-            "max_batch": settings.max_batch,
+            "max_batch": registry.limits.max_batch,
             "queue_size": settings.queue_size,
             "cache_mb": settings.cache_mb,
             "deadline_seconds": settings.deadline_seconds,

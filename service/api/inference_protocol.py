@@ -129,7 +129,7 @@ async def config(
         "max_batch_size": settings.max_images,
         "input": [one | {"optional": True} for one in inputs],
         "output": outputs,
-        "dynamic_batching": {"preferred_batch_size": [settings.max_batch], "max_queue_delay_microseconds": 0},
+        "dynamic_batching": {"preferred_batch_size": [registry.limits.max_batch], "max_queue_delay_microseconds": 0},
         "response_cache": {"enable": settings.cache_mb > 0},
     }
 

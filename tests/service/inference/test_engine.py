@@ -209,14 +209,50 @@ def test_threads_are_pinned_only_where_the_engine_has_all_processors(tmp_path: P
         assert model.get_property("ENABLE_CPU_PINNING") is pinned
 
 
-@pytest.mark.skipif(allowed_processors() == 1, reason="there is none to leave")
-def test_with_a_processor_left_to_others_the_answers_are_the_same_bytes(tmp_path: Path, quantized: BundleRef) -> None:
-    loaded = load(tmp_path, quantized)
-    golden = read_golden(quantized.path(tmp_path) / GOLDEN, loaded.manifest)
-    if loaded.chosen.startswith("openvino"):
-        assert loaded.run_beside is not loaded.run
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_with_fewer_threads_the_answers_are_the_same_bytes(tmp_path: Path, quantized: BundleRef, int8: bool) -> None:
+    folder = quantized.path(tmp_path)
+    graph, found = engine._openvino_graph(folder / MODULE, SPEC.shape), read_int8(folder / INT8)
+    assert found is not None
+    one, two = (engine._openvino_runner(graph, threads, "f32", found.ranges if int8 else None) for threads in (1, 2))
+    images = read_golden(folder / GOLDEN, store.read_manifest(tmp_path, quantized)).images
     for size in (1, 2, 31, 256):
-        assert loaded.run_beside(golden.images[:size]).tobytes() == loaded.run(golden.images[:size]).tobytes()
+        assert one(images[:size]).tobytes() == two(images[:size]).tobytes()
+
+
+def test_fewer_threads_that_answer_otherwise_are_not_used() -> None:
+    images = np.arange(40 * 64, dtype=np.uint8).reshape(40, 1, 8, 8)
+    met: list[int] = []
+
+    def run(images: np.ndarray) -> Logits:
+        met.append(len(images))
+        return images[:, 0, 0, :2].astype(np.float32)
+
+    def otherwise(batch: np.ndarray) -> Logits:
+        """The last bit of the last picture's logit."""
+        logits = run(batch)
+        if np.shares_memory(batch, images[35]):
+            logits[-1, 0] = np.nextafter(logits[-1, 0], np.float32(np.inf))
+        return logits
+
+    assert engine._meet_first_sizes(run, run, images)
+    assert met == [size for size in range(1, engine.MEETS_FIRST + 1) for _ in range(2)]
+    assert not engine._meet_first_sizes(run, otherwise, images)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_way_beside_others_is_the_way_that_was_judged_with_a_thread_less(
+    tmp_path: Path, quantized: BundleRef, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        loaded = load(tmp_path, quantized)
+    finally:
+        torch.set_num_threads(before)
+    images = read_golden(quantized.path(tmp_path) / GOLDEN, loaded.manifest).images
+    assert loaded.run_beside(images).tobytes() == loaded.run(images).tobytes()
+    assert (loaded.run_beside is loaded.run) == (threads == 1 or not loaded.chosen.startswith("openvino"))
 
 
 def test_one_picture_goes_where_it_is_clearly_quicker() -> None:
