@@ -85,7 +85,7 @@ class Safelight(Server):
     """Ours, as `make serve` starts it. Ten classes are asked for, as the peers answer with all ten."""
 
     name = "safelight"
-    defaults = {"threads": "0", "workers": "1"}  # the service's own
+    defaults = {"threads": "0", "workers": "1", "max_batch": "0"}  # the service's own
     calibrated = True
 
     @property
@@ -114,6 +114,7 @@ class Safelight(Server):
             "SAFELIGHT_STATE": str(work / "state"),
             "SAFELIGHT_THREADS": self.settings["threads"],
             "SAFELIGHT_WORKERS": self.settings["workers"],
+            "SAFELIGHT_MAX_BATCH": self.settings["max_batch"],
             "PYTHONPATH": str(ROOT),
         }
 
