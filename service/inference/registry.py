@@ -281,10 +281,12 @@ class Registry:
 
     async def delete(self, model: str, version: str) -> None:
         """Remove a version from memory and disk; requests that it has already admitted are answered."""
+        await self.look_for(model, version)
         async with self._changing:
             line, entry = self.line(model), self.found(model, version)
+            await self._follow(model, line)  # another worker may just have promoted this version, or a better one
             on_disk = await asyncio.to_thread(store.active, self.artifacts, model)
-            if version in (line.active, on_disk):  # another worker may just have promoted it
+            if version in (line.active, on_disk):
                 raise VersionActive(f"{entry.ref} is active; let another version answer first")
             await self._write(entry.ref, partial(store.delete, self.artifacts, entry.ref))
             self._unload(line.entries.pop(version))

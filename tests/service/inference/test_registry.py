@@ -586,6 +586,28 @@ def test_a_version_that_another_worker_has_just_promoted_is_not_deleted(artifact
     run(artifacts, test)
 
 
+def test_a_version_that_another_worker_has_just_replaced_is_deleted(artifacts: Path) -> None:
+    ref = make_bundle(artifacts, activate=False)
+
+    async def test(registry: Registry) -> None:
+        await registry.scan()
+        store.activate(artifacts, ref)
+        await registry.delete("greys", "1")
+        assert (states(registry), os.path.exists(artifacts / "greys" / "1")) == ({"greys@2": "loaded"}, False)
+        assert await ask(registry, 3) == "grey-3 by greys@2"
+
+    run(artifacts, test)
+
+
+def test_a_version_that_another_worker_has_just_published_is_deleted(artifacts: Path) -> None:
+    async def test(registry: Registry) -> None:
+        make_bundle(artifacts, activate=False)
+        await registry.delete("greys", "2")
+        assert (states(registry), os.path.exists(artifacts / "greys" / "2")) == ({"greys@1": "loaded"}, False)
+
+    run(artifacts, test)
+
+
 def test_the_active_version_answers_until_another_is_ready_in_its_place_when_its_folder_vanishes(
     artifacts: Path,
 ) -> None:
