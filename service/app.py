@@ -103,7 +103,7 @@ def engine_limits(settings: Settings) -> Limits:
     return Limits(
         device=device,
         threads=settings.threads_each,
-        max_batch=settings.max_batch or (8 if device.type == "cpu" else 64),
+        max_batch=settings.max_batch or (32 if device.type == "cpu" else 64),
         queue_size=settings.queue_size,
         max_pixels=settings.max_image_pixels,
         loaded_versions=settings.loaded_versions,

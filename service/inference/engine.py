@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from service.inference.batcher import FEW
 from service.telemetry import logger
 from training.bundle import store
 from training.bundle.answers import Logits
@@ -40,9 +41,8 @@ MAX_LOGIT_DIFFERENCE = 1e-3
 
 TIMED_BATCHES = (1, 8)
 CHUNK = 32  # the golden samples are run in batches of this size, which times it too
-# A batch of a new size takes OpenVINO 3 to 16 ms more: sizes up to the first are met before any request, and up to the
-# last between the first ones, which would else wait under load for one new size after the other.
-MEETS_FIRST, MEETS_LAST = 8, 64
+# A batch of a new size takes OpenVINO 3 to 16 ms more, and memory. So batches come in few sizes, and are met at load.
+SIZES = (*range(1, FEW + 1), 16, 32)
 WARM_UP = 2  # runs of a shape; TorchScript profiles two before it is fast
 REPEATS = 3
 OTHER_BYTES = "with fewer threads it answers otherwise"
@@ -92,14 +92,6 @@ class Engine:
         """For /info: what was chosen, and the table that it was chosen by."""
         return {"engine": self.chosen, "device": self.device, "timings": [asdict(timing) for timing in self.timings]}
 
-    def meet_sizes(self, max_batch: int) -> Iterator[int]:
-        """Run a batch of each size that may come and wasn't run at load; one at each step."""
-        if self.chosen.startswith("openvino"):
-            for size in range(MEETS_FIRST + 1, min(max_batch, MEETS_LAST) + 1):
-                for run in {self.run, self.run_beside}:
-                    run(np.zeros((size, *self.manifest.input.shape), np.uint8))
-                yield size
-
     def seconds_per_image(self, max_batch: int) -> float:
         """At the largest timed batch that may be: with 1, of a picture alone, else the rate the batcher starts from."""
         timing = next(timing for timing in self.timings if timing.name == self.chosen)
@@ -135,17 +127,16 @@ def load(folder: Path, manifest: Manifest, device: torch.device, precision: Prec
     run = beside = runners[best.name]
     if best.name.startswith("openvino"):
         fewer = makers[best.name](threads - 1) if threads > 1 else run
-        if not _meet_first_sizes(run, fewer, golden.images):
+        if not _meet_sizes(run, fewer, golden.images):
             logger.warning("candidate failed", extra={"candidate": best.name, "reason": OTHER_BYTES})
         elif threads > 1:
             run, beside = _quicker_for_one(fewer, run, golden.images[:1]), fewer
     return Engine(manifest, run, beside, best.name, timings, str(device))
 
 
-def _meet_first_sizes(run: Runner, fewer: Runner, images: Images) -> bool:
+def _meet_sizes(run: Runner, fewer: Runner, images: Images) -> bool:
     """Whether the way that was judged and the same with fewer threads answer the same pictures with the same bytes."""
-    starts = [size * (size - 1) // 2 for size in range(1, MEETS_FIRST + 2)]  # other pictures in each size
-    batches = [images[start:end] for start, end in pairwise(starts)]
+    batches = [images[start:end] for start, end in pairwise(accumulate(SIZES, initial=0))]  # other pictures in each
     return all(run(batch).tobytes() == fewer(batch).tobytes() for batch in batches)
 
 

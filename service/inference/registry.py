@@ -460,7 +460,6 @@ class Registry:
             lone_seconds=loaded.seconds_per_image(1),
             meter=_Meter(ref),
         )
-        self._engines.spread(loaded.meet_sizes(self.limits.max_batch))
         return Predictor(
             loaded, batcher, self._decoders, self._cache, threads=self.limits.threads, max_pixels=self.limits.max_pixels
         )

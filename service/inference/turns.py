@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from service.telemetry import logger
 
@@ -30,23 +30,6 @@ class EngineThread:
     def leave(self, turn: Turn) -> None:
         with self._replacing:
             self._turns = tuple(other for other in self._turns if other != turn)
-
-    def spread(self, steps: Iterator[object]) -> None:
-        """Do something long step by step, one between the turns of those who have joined."""
-
-        def step() -> bool:
-            try:
-                next(steps)
-            except StopIteration:
-                self.leave(step)
-                return False
-            except Exception:
-                self.leave(step)
-                raise
-            return True
-
-        self.join(step)
-        self.wake()
 
     def wake(self) -> None:
         """There is something to do."""

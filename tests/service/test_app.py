@@ -29,7 +29,7 @@ def test_a_container_of_one_processor_gets_one_thread() -> None:
 def test_the_other_limits_are_the_settings() -> None:
     settings = Settings(artifacts=Path("x"), device="cpu", max_batch=3, queue_size=300, max_image_pixels=7)
     limits = engine_limits(settings)
-    assert engine_limits(settings.model_copy(update={"max_batch": 0})).max_batch == 8
+    assert engine_limits(settings.model_copy(update={"max_batch": 0})).max_batch == 32
     assert (str(limits.device), limits.max_batch, limits.queue_size, limits.max_pixels) == ("cpu", 3, 300, 7)
 
 

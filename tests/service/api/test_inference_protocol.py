@@ -161,7 +161,7 @@ def test_a_model_s_inputs_and_outputs_are_described(client: TestClient, path: st
             {"name": "logits", "data_type": "TYPE_FP32", "dims": [16]},
             {"name": "label", "data_type": "TYPE_STRING", "dims": [1]},
         ],
-        "dynamic_batching": {"preferred_batch_size": [8], "max_queue_delay_microseconds": 0},
+        "dynamic_batching": {"preferred_batch_size": [32], "max_queue_delay_microseconds": 0},
         "response_cache": {"enable": False},
     }
 

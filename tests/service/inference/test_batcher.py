@@ -83,6 +83,11 @@ class Bench:
             await asyncio.sleep(0)
         assert await asyncio.to_thread(self.engine.begun.wait, 10)
 
+    async def rest(self) -> None:
+        """Until the engine's thread, which answers before its turn is over, is done with it."""
+        while self.batcher._thread._device.locked():
+            await asyncio.sleep(0)
+
 
 def answers(submission: Submission) -> list[float]:
     return [-1.0 if isinstance(row, InferenceFailed) else float(row[0]) for row in submission.outcomes]
@@ -146,6 +151,7 @@ def test_a_picture_that_is_alone_as_the_request_before_was_is_computed_on_the_ev
         assert await bench.ask(2, 3) == [2, 3]
         assert await asyncio.gather(bench.ask(4), bench.ask(5)) == [[4], [5]]
         assert await bench.ask(6) == [6]  # after others more may come: they are read meanwhile
+        await bench.rest()
         assert await bench.ask(POISON) == [-1]
         assert await bench.ask(7) == [7]
 
@@ -193,6 +199,28 @@ def test_a_batch_holds_no_more_than_its_limit() -> None:
         assert await bench.ask(*range(20)) == list(range(20))
 
     assert run(test, max_batch=8).meter.batches == [8, 8, 4]
+
+
+def test_a_large_batch_has_one_of_few_sizes() -> None:
+    async def test(bench: Bench) -> None:
+        assert await bench.ask(*range(61)) == list(range(61))
+
+    assert run(test, max_batch=32).meter.batches == [32, 16, 8, 5]
+    assert run(test, max_batch=31).meter.batches == [16, 16, 16, 8, 5]
+    assert run(test, max_batch=7).meter.batches == [7] * 8 + [5]
+
+
+def test_of_several_requests_half_of_what_waits_is_computed_at_once() -> None:
+    async def test(bench: Bench) -> None:
+        first = asyncio.create_task(bench.ask(1))
+        await bench.settle()
+        others = [asyncio.create_task(bench.ask(*range(start, start + 20))) for start in (10, 40)]
+        await bench.settle()
+        bench.engine.go.set()
+        assert await asyncio.gather(first, *others) == [[1], [*range(10, 30)], [*range(40, 60)]]
+
+    # Of 40 that wait 16, of 24 8, and of 16, which are one request's by then, all.
+    assert run(test, held=True, max_batch=32).meter.batches == [1, 16, 8, 16]
 
 
 def test_a_full_queue_refuses_with_the_time_to_wait_and_admits_again_afterwards() -> None:

@@ -1,6 +1,5 @@
 import threading
 import weakref
-from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -54,40 +53,6 @@ def test_a_turn_that_fails_is_logged_and_taken_again_and_the_others_have_theirs(
     assert order[:3] == ["failing", "other", "failing"]
     assert caplog.messages == ["the engine's turn failed"]
     assert "no room" in caplog.text
-
-
-def test_something_long_is_done_a_step_between_turns_and_is_gone_at_its_end() -> None:
-    order: list[str] = []
-    done = threading.Event()
-
-    def work() -> bool:
-        order.append("turn")
-        if order.count("turn") == 5:
-            done.set()
-        return not done.is_set()
-
-    with closing(EngineThread()) as thread:
-        thread.join(work)
-        thread.spread(order.append(f"step {number}") for number in range(3))
-        assert done.wait(10)
-    assert order[:8] == ["turn", "step 0", "turn", "step 1", "turn", "step 2", "turn", "turn"]
-    assert thread._turns == (work,)
-
-
-def test_something_long_that_fails_is_logged_and_not_taken_up_again(caplog: pytest.LogCaptureFixture) -> None:
-    def steps() -> Iterator[None]:
-        yield
-        raise MemoryError("no room")
-
-    done = threading.Event()
-    with closing(EngineThread()) as thread:
-        thread.spread(steps())
-        while thread._turns:
-            done.wait(0.01)
-        thread.join(lambda: done.set() or False)
-        thread.wake()
-        assert done.wait(10)
-    assert caplog.messages == ["the engine's turn failed"]
 
 
 def test_who_has_left_gets_no_turn_and_a_closed_thread_is_gone() -> None:
