@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from service import errors
 from service.api import health, problems, tensors
-from service.api.asgi import read_body
+from service.api.asgi import header, read_body
 from service.api.bodies import THREAD_FROM
 from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
@@ -282,19 +282,18 @@ async def _infer(request: Request, registry: Registry, entry: Entry, body: bytes
     asked = body, head_bytes, manifest.input, settings.max_images
     is_long = (len(body) if head_bytes is None else head_bytes) > THREAD_FROM or len(body) > TENSORS_AT_ONCE
     question, pictures = await asyncio.to_thread(tensors.read, *asked) if is_long else tensors.read(*asked)
-    tensors.check_outputs(question)
     request.state.log["images"] = len(pictures)
     seconds = min(settings.deadline_seconds, question.timeout_seconds or settings.deadline_seconds)
     computed = await predictor.compute(pictures, begun + seconds, whole=True)  # there is no place for one's own error
-    answered = question, manifest, computed.rows(), accepted(request.headers.get("accept-encoding", ""))
+    encoding = accepted(header(request.scope, b"accept-encoding") or "")
+    headers = provenance(request, manifest, computed.seconds)
+    answered = question, manifest, computed.rows(), encoding, headers
     is_long = len(pictures) * len(manifest.classes) > WRITTEN_AT_ONCE
-    reply = await asyncio.to_thread(_reply, *answered) if is_long else _reply(*answered)
-    reply.headers.update(provenance(request, manifest, computed.seconds))
-    return reply
+    return await asyncio.to_thread(_reply, *answered) if is_long else _reply(*answered)
 
 
 def _head_bytes(request: Request) -> int | None:
-    value = request.headers.get(HEAD_BYTES)
+    value = header(request.scope, HEAD_BYTES.encode())
     if value is None:
         return None
     if not (value.isascii() and value.isdigit()):
@@ -305,8 +304,8 @@ def _head_bytes(request: Request) -> int | None:
 async def _body(request: Request, max_bytes: int) -> bytes:
     """The whole body, unpacked. Raises BodyTooLarge, MalformedBody, UnsupportedBody."""
     body = await read_body(request.receive)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("identity", ""):
+    encoding = (header(request.scope, b"content-encoding") or "").strip().lower()
+    if encoding in ("", "identity"):
         return body
     if encoding not in ENCODINGS:
         raise errors.UnsupportedBody(f"content encoding {encoding[:40]} isn't read here; send gzip, deflate or none")
@@ -343,10 +342,10 @@ def _inflate(body: bytes, most: int) -> bytes:
 
 
 @lru_cache(KEPT_HEADERS)
-def accepted(header: str) -> str | None:
+def accepted(offer: str) -> str | None:
     """Which of ours an Accept-Encoding prefers (RFC 9110, 12.5.3); None: neither."""
     weights = {}
-    for offered in header.lower().split(","):
+    for offered in offer.lower().split(","):
         name, _, weight = (word.strip() for word in offered.partition(";"))
         weights[name] = _weight(weight)
 
@@ -365,9 +364,11 @@ def _weight(text: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def _reply(question: tensors.Question, manifest: Manifest, rows: Sequence[Row], encoding: str | None) -> Response:
+def _reply(
+    question: tensors.Question, manifest: Manifest, rows: Sequence[Row], encoding: str | None, headers: dict[str, str]
+) -> Response:
     message = tensors.write(question, manifest, rows)
-    headers = {"Vary": "Accept-Encoding"}
+    headers = headers | {"Vary": "Accept-Encoding"}
     body = message.body
     if encoding and len(body) >= COMPRESS_FROM:
         headers["Content-Encoding"] = encoding

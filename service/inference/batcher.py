@@ -270,7 +270,7 @@ class Batcher(Generic[T]):
     def _compute(self, run: Run[T], images: list[Pixels]) -> Sequence[T | InferenceFailed]:
         """Run a batch; where it fails, halve it until only the guilty pictures fail."""
         try:
-            outcomes = run(np.stack(images))
+            outcomes = run(np.array(images))
             if len(outcomes) != len(images):
                 raise ValueError(f"the engine answered {len(images)} pictures with {len(outcomes)} rows")
         except Exception as error:  # whatever the engine's library raises

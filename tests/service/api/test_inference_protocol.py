@@ -757,6 +757,19 @@ def grown(client: TestClient, before: dict[str, Any], model: str = "greys") -> d
 STAGES = ("success", "queue", "compute_input", "compute_infer", "compute_output")
 
 
+def test_the_same_json_before_other_tensors_is_another_question(client: TestClient) -> None:
+    wanted: list[dict[str, Any]] = [{"name": "label"}]
+    for levels in ((1, 2), (3, 4), (5, 6, 7), (1, 2)):
+        body, headers = asking(*levels, outputs=wanted)
+        found = unpacked(client.post(INFER, content=body, headers=headers))
+        assert list(found) == ["label"]
+        assert np.ravel(found["label"]).tolist() == [f"grey-{level}" for level in levels]
+    body, headers = asking(8, outputs=[{"name": "nothing"}])
+    for _ in range(2):
+        reply = client.post(INFER, content=body, headers=headers)
+        assert (reply.status_code, reply.json()["code"]) == (400, "tensor_invalid")
+
+
 def test_statistics_count_pictures_batches_and_where_the_time_went(client: TestClient) -> None:
     before = counted(client)
     assert (before["name"], before["version"], before["batch_stats"]) == ("greys", "1", [])
