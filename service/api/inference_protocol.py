@@ -25,6 +25,7 @@ from service.api.connection import while_connected
 from service.api.dependencies import LifecycleDep, RegistryDep, SettingsDep
 from service.api.predictions import provenance
 from service.inference.registry import Entry, Line, Registry
+from service.inference.sizes import size_within
 from service.settings import Settings
 from service.telemetry import figures
 from training import __version__
@@ -122,6 +123,7 @@ async def config(
         [{"name": one.name, "data_type": CONFIG_TYPES[one.datatype], "dims": one.shape} for one in described]
         for described in (tensors.inputs(manifest), tensors.outputs(manifest))
     )
+    most = size_within(registry.limits.max_batch)
     return {
         "name": model,
         "platform": "pytorch_torchscript",
@@ -129,7 +131,10 @@ async def config(
         "max_batch_size": settings.max_images,
         "input": [one | {"optional": True} for one in inputs],
         "output": outputs,
-        "dynamic_batching": {"preferred_batch_size": [registry.limits.max_batch], "max_queue_delay_microseconds": 0},
+        "dynamic_batching": {
+            "preferred_batch_size": [most],
+            "max_queue_delay_microseconds": 0,
+        },
         "response_cache": {"enable": settings.cache_mb > 0},
     }
 

@@ -47,24 +47,24 @@ def null_is(absent: object) -> BeforeValidator:
 # --- the messages' JSON; parameters that aren't named here are passed over ---
 
 
-class InputParameters(BaseModel, extra="allow"):
+class InputParameters(BaseModel, extra="allow", frozen=True):
     binary_data_size: Whole | None = None
 
 
-class OutputParameters(BaseModel, extra="allow"):
+class OutputParameters(BaseModel, extra="allow", frozen=True):
     binary_data: Flag | None = None
     classification: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="how many of the best classes to name in the tensor's place"
     )
 
 
-class QuestionParameters(BaseModel, extra="allow"):
+class QuestionParameters(BaseModel, extra="allow", frozen=True):
     binary_data_output: Flag | None = Field(None, description="for the outputs that don't say it themselves")
     timeout: Whole | None = Field(None, description="in microseconds; 0 is none")
     priority: Whole | None = Field(None, description="changes nothing: there is one queue")
 
 
-class Input(BaseModel):
+class Input(BaseModel, frozen=True):
     name: str
     datatype: str
     shape: list[int]
@@ -80,12 +80,12 @@ class Input(BaseModel):
         return size
 
 
-class Output(BaseModel):
+class Output(BaseModel, frozen=True):
     name: str
     parameters: Annotated[OutputParameters, null_is({})] = Field(default_factory=OutputParameters)
 
 
-class Question(BaseModel):
+class Question(BaseModel, frozen=True):
     id: str | None = None
     parameters: Annotated[QuestionParameters, null_is({})] = Field(default_factory=QuestionParameters)
     inputs: list[Input] = Field(min_length=1)
@@ -143,8 +143,8 @@ def read(body: bytes, head_bytes: int | None, spec: InputSpec, max_images: int) 
     if head_bytes is None:
         question, behind = _asked(body), b""
     else:
-        parse = _asked_again if head_bytes <= KEPT_BYTES else _asked
-        question, behind = parse(body[:head_bytes]), body[head_bytes:]
+        head, behind = body[:head_bytes], body[head_bytes:]
+        question = _asked_kept(head) if len(head) <= KEPT_BYTES and b'"data"' not in head else _asked(head)
     return question, pictures_of(question, behind, spec, max_images)
 
 
@@ -173,7 +173,7 @@ def _asked(head: bytes) -> Question:
     return question
 
 
-_asked_again = lru_cache(KEPT_HEADS)(_asked)  # which nobody changes
+_asked_kept = lru_cache(KEPT_HEADS)(_asked)
 
 
 def _chosen(sent: list[Input]) -> Input:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DeadlineExceeded, InferenceFailed, QueueFull
+from service.inference.sizes import FEW, size_within
 from service.inference.turns import EngineThread
 from service.telemetry import logger
 from training.bundle.images import Pixels
@@ -26,7 +27,6 @@ REMEMBERED = 256  # pictures whose pace counts, or so: one that met a bad moment
 TURN = 0.02  # seconds, after which another engine may have the device
 AT_ONCE = 0.001  # seconds that a lone picture may take to be computed on the event loop
 BEGUN_WITH = 32  # pictures that the pace measured at load counts for
-FEW = 8  # pictures, up to which a batch may have any size
 
 T = TypeVar("T")  # what comes of one picture
 Run = Callable[[NDArray[np.uint8]], Sequence[T | InferenceFailed]]  # of [N, C, H, W]; in the engine's thread
@@ -230,25 +230,23 @@ class Batcher(Generic[T]):
         return bool(self._queue)
 
     def _next_batch(self) -> list[Place[T]]:
-        """Take what somebody still waits for and can still be in time."""
+        """Take what somebody still waits for and can still be in time.
+
+        Of several requests no more than half of what waits, beyond a few: some are read and answered while others are
+        computed.
+        """
         batch: list[Place[T]] = []
-        now, size = time.perf_counter(), self._next_size()
-        while self._queue and len(batch) < size:
+        now, waiting = time.perf_counter(), len(self._queue)
+        several = waiting > 0 and self._queue[0][0] is not self._queue[-1][0]
+        most = min(self._max_batch, max(FEW, waiting // 2) if several else waiting)
+        while self._queue and len(batch) < most:
             submission, place = self._queue.popleft()
             if submission.abandoned or submission.deadline <= now:
                 continue  # past its deadline: the waiting side says so by itself
             batch.append((submission, place))
-        return batch
-
-    def _next_size(self) -> int:
-        """Of several requests half of what waits, so that some are read and answered while others are computed.
-
-        Beyond a few it is a power of two, for each size takes the engine memory and is slow the first time.
-        """
-        waiting = len(self._queue)
-        several = waiting > 0 and self._queue[0][0] is not self._queue[-1][0]
-        most = min(self._max_batch, max(FEW, waiting // 2) if several else waiting)
-        return most if most <= FEW else 1 << (most.bit_length() - 1)
+        size = size_within(len(batch))
+        self._queue.extendleft(reversed(batch[size:]))
+        return batch[:size]
 
     def _run_batch(self, batch: list[Place[T]]) -> Sequence[T | InferenceFailed]:
         """One outcome for each picture, come what may: nobody may wait in vain."""

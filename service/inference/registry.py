@@ -281,10 +281,9 @@ class Registry:
 
     async def delete(self, model: str, version: str) -> None:
         """Remove a version from memory and disk; requests that it has already admitted are answered."""
-        await self.look_for(model, version)
+        await self.follow()  # another worker may just have published it, promoted it, or promoted another
         async with self._changing:
             line, entry = self.line(model), self.found(model, version)
-            await self._follow(model, line)  # another worker may just have promoted this version, or a better one
             on_disk = await asyncio.to_thread(store.active, self.artifacts, model)
             if version in (line.active, on_disk):
                 raise VersionActive(f"{entry.ref} is active; let another version answer first")
@@ -434,7 +433,13 @@ class Registry:
             entry.manifest = await loop.run_in_executor(self._loader, store.read_manifest, self.artifacts, entry.ref)
             folder = entry.ref.path(self.artifacts)
             loaded = await loop.run_in_executor(
-                self._loader, engine.load, folder, entry.manifest, self.limits.device, self.limits.precision
+                self._loader,
+                engine.load,
+                folder,
+                entry.manifest,
+                self.limits.device,
+                self.limits.precision,
+                self.limits.max_batch,
             )
         except Exception as error:  # a bundle is somebody's program: whatever it raises, only this version suffers
             foreseen = isinstance(error, (BundleError, OSError))

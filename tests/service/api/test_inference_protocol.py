@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
+from service.api import tensors
 from service.app import create_app
 from service.settings import Settings
 from tests.tiny import GREYS, POISON, SPEC, Fragile, Greys, flip_a_bit, grey, make_bundle, shade
@@ -759,11 +760,17 @@ STAGES = ("success", "queue", "compute_input", "compute_infer", "compute_output"
 
 def test_the_same_json_before_other_tensors_is_another_question(client: TestClient) -> None:
     wanted: list[dict[str, Any]] = [{"name": "label"}]
+    hits = tensors._asked_kept.cache_info().hits
     for levels in ((1, 2), (3, 4), (5, 6, 7), (1, 2)):
         body, headers = asking(*levels, outputs=wanted)
         found = unpacked(client.post(INFER, content=body, headers=headers))
         assert list(found) == ["label"]
         assert np.ravel(found["label"]).tolist() == [f"grey-{level}" for level in levels]
+    assert tensors._asked_kept.cache_info().hits >= hits + 2
+    kept = tensors._asked_kept.cache_info().currsize
+    body, headers = packed({"inputs": [tensor(1, data=np.zeros((1, *SPEC.shape), int).tolist())]})
+    assert client.post(INFER, content=body, headers=headers).status_code == 200
+    assert tensors._asked_kept.cache_info().currsize == kept  # nobody's pictures stay in memory
     body, headers = asking(8, outputs=[{"name": "nothing"}])
     for _ in range(2):
         reply = client.post(INFER, content=body, headers=headers)

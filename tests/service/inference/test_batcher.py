@@ -84,9 +84,11 @@ class Bench:
         assert await asyncio.to_thread(self.engine.begun.wait, 10)
 
     async def rest(self) -> None:
-        """Until the engine's thread, which answers before its turn is over, is done with it."""
-        while self.batcher._thread._device.locked():
-            await asyncio.sleep(0)
+        """Until the engine's thread, which answers before its turn is over, waits for work again."""
+        thread, quiet = self.batcher._thread, 0
+        while quiet < 3:
+            await asyncio.sleep(0.005)
+            quiet = 0 if thread._woken.is_set() or thread._device.locked() else quiet + 1
 
 
 def answers(submission: Submission) -> list[float]:
@@ -149,6 +151,7 @@ def test_a_picture_that_is_alone_as_the_request_before_was_is_computed_on_the_ev
         assert await bench.ask(1) == [1]
         assert bench.engine.threads == [here]
         assert await bench.ask(2, 3) == [2, 3]
+        await bench.rest()
         assert await asyncio.gather(bench.ask(4), bench.ask(5)) == [[4], [5]]
         assert await bench.ask(6) == [6]  # after others more may come: they are read meanwhile
         await bench.rest()
@@ -171,6 +174,7 @@ def test_all_processors_are_for_requests_that_are_alone() -> None:
         assert await bench.ask(1, 2, 3) == [1, 2, 3]
         assert await bench.ask(*range(20)) == [*range(20)]  # batch after batch of the same request
         assert bench.engine.sizes_beside == []
+        await bench.rest()
         assert await asyncio.gather(bench.ask(4, 5), bench.ask(6)) == [[4, 5], [6]]
         assert await bench.ask(7) == [7]  # there were others a moment ago
         assert bench.engine.sizes_beside == [3, 1]
@@ -221,6 +225,21 @@ def test_of_several_requests_half_of_what_waits_is_computed_at_once() -> None:
 
     # Of 40 that wait 16, of 24 8, and of 16, which are one request's by then, all.
     assert run(test, held=True, max_batch=32).meter.batches == [1, 16, 8, 16]
+
+
+def test_pictures_that_nobody_waits_for_leave_a_batch_of_another_size_and_the_rest_for_the_next() -> None:
+    async def test(bench: Bench) -> None:
+        first = asyncio.create_task(bench.ask(1))
+        await bench.settle()
+        gone, stays = (asyncio.create_task(bench.ask(*range(start, start + 20))) for start in (10, 40))
+        await bench.settle()
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        bench.engine.go.set()
+        assert await asyncio.gather(first, stays) == [[1], [*range(40, 60)]]
+
+    # Of 40 that wait 20 may be taken, and 20 are alive: 16 of them.
+    assert run(test, held=True, max_batch=32).meter.batches == [1, 16, 4]
 
 
 def test_a_full_queue_refuses_with_the_time_to_wait_and_admits_again_afterwards() -> None:
