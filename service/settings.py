@@ -74,7 +74,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=4096,
-        description="Most pictures that the engine computes at once: 1 to 8, or 16, 32 and so on; 0: 32 on a CPU, else 64.",
+        description="Most pictures that the engine computes at once: 1 to 8, or 16, 32 and so on; 0: 32 on a CPU, "
+        "else 64.",
     )
     queue_size: int = Field(
         384,

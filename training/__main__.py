@@ -375,7 +375,7 @@ def module(
 
     Example:
 
-        safelight module cifar10@2 --precision bfloat16 --output cifar10.ts
+        safelight module cifar10@3 --precision bfloat16 --output cifar10.ts
     """
     from training import published
 

@@ -5,6 +5,7 @@ on the CPU, so that every device sees the same too; the pictures stay where they
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -67,3 +68,114 @@ def random_affine(
     )  # [N, 2, 3]
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+# --- TrivialAugment ---------------------------------------------------------------------------------------------------
+
+
+def trivial(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Change a share of the images [N, C, H, W], each in one of twelve ways and by an amount that chance says.
+
+    After TrivialAugment (Müller and Hutter, 2021), without histograms, and less far: nothing is turned by more than a
+    right angle or moved by more than a third of its side. Over the border comes the picture mirrored.
+    """
+    changed = images.to(torch.float32, copy=True)
+    chosen = torch.rand(len(images), generator=generator) < share
+    way = torch.randint(len(CHANGES), (len(images),), generator=generator)
+    amount = (torch.rand(len(images), generator=generator) * 2 - 1).view(-1, 1, 1, 1).to(images.device)  # ± 1
+    for number, change in enumerate(CHANGES):
+        these = (chosen & (way == number)).nonzero()[:, 0].to(images.device)
+        if len(these):
+            changed[these] = change(changed[these], amount[these])
+    return changed.clamp(0, 255)
+
+
+def _turned(images: Tensor, amount: Tensor) -> Tensor:
+    cos, sin = torch.cos(amount * math.pi / 2), torch.sin(amount * math.pi / 2)
+    height, width = images.shape[2:]
+    return _warped(images, cos, -sin * (height / width), 0, sin * (width / height), cos, 0)
+
+
+def _sheared_along(images: Tensor, amount: Tensor) -> Tensor:
+    return _warped(images, 1, 0.8 * amount, 0, 0, 1, 0)
+
+
+def _sheared_down(images: Tensor, amount: Tensor) -> Tensor:
+    return _warped(images, 1, 0, 0, 0.8 * amount, 1, 0)
+
+
+def _moved_along(images: Tensor, amount: Tensor) -> Tensor:
+    return _warped(images, 1, 0, 0.6 * amount, 0, 1, 0)
+
+
+def _moved_down(images: Tensor, amount: Tensor) -> Tensor:
+    return _warped(images, 1, 0, 0, 0, 1, 0.6 * amount)
+
+
+def _warped(images: Tensor, *matrix: Tensor | float) -> Tensor:
+    """The place (x, y) shows what was at (a x + b y + c, d x + e y + f), in halves of the picture's sides from its
+    centre; `matrix` is a to f, numbers or [N, 1, 1, 1]."""
+    zeros = torch.zeros(len(images), 1, 1, 1, device=images.device)
+    theta = torch.cat([zeros + value for value in matrix], dim=3).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _brightness(images: Tensor, amount: Tensor) -> Tensor:
+    return images * (1 + 0.9 * amount)
+
+
+def _contrast(images: Tensor, amount: Tensor) -> Tensor:
+    return _from(_grey(images).mean((1, 2, 3), keepdim=True), images, amount)
+
+
+def _saturation(images: Tensor, amount: Tensor) -> Tensor:
+    return _from(_grey(images), images, amount)
+
+
+def _sharpness(images: Tensor, amount: Tensor) -> Tensor:
+    return _from(F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1), images, amount)
+
+
+def _from(middle: Tensor, images: Tensor, amount: Tensor) -> Tensor:
+    """Nearer to `middle` where the amount is negative, further from it where it is positive."""
+    return middle + (images - middle) * (1 + 0.9 * amount)
+
+
+def _posterised(images: Tensor, amount: Tensor) -> Tensor:
+    step = 2 ** (1 + (5 * amount.abs()).round())  # 7 to 2 bits are left
+    return (images / step).floor() * step
+
+
+def _solarised(images: Tensor, amount: Tensor) -> Tensor:
+    return torch.where(images >= 255 * (1 - amount.abs()), 255 - images, images)
+
+
+def _stretched(images: Tensor, _: Tensor) -> Tensor:
+    """The darkest value of each channel to 0, the lightest to 255."""
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (images - low) * 255 / (high - low).clamp(min=1), images)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """[N, 1, H, W], as bright as what it is made from looks (ITU-R BT.601)."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+CHANGES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    _turned,
+    _sheared_along,
+    _sheared_down,
+    _moved_along,
+    _moved_down,
+    _brightness,
+    _contrast,
+    _saturation,
+    _sharpness,
+    _posterised,
+    _solarised,
+    _stretched,
+)

@@ -1,10 +1,15 @@
 """What a step lowers: how far a network's outputs are from the labels, or from a teacher's."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.recipes import Recipe
+
+MARGIN = 5.0  # between the energies of strangers and of what is known, in logits
+MARGIN_WEIGHT = 0.1  # of that, beside the labels' cost
 
 
 def cost(recipe: Recipe, outputs: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
@@ -17,13 +22,22 @@ def cost(recipe: Recipe, outputs: Tensor, labels: Tensor, taught: Tensor | None)
     if recipe.teacher is not None and taught is not None:
         share = recipe.teacher.share
         loss = (1 - share) * loss + share * distance_from_teacher(known, taught, recipe.teacher.temperature)
-    return loss + certainty(strange) / len(labels) if len(strange) else loss
+    return loss + energy_margin(known, strange) if len(strange) else loss
 
 
-def certainty(logits: Tensor) -> Tensor:
-    """Cross-entropy with all classes alike, summed over pictures [S, K] of no class: what teaches a network to be
-    unsure about strangers (outlier exposure; Hendrycks et al., 2019)."""
-    return -F.log_softmax(logits, dim=1).mean(1).sum()
+def energy_margin(known: Tensor, strange: Tensor) -> Tensor:
+    """How far energies (log-sum-exp) of logits [N, K] and of strangers' [S, K] are on the wrong side: a tenth of the
+    squares' sum, over N. Strangers' are to be below that of logits of 0, the others' above it by MARGIN (Liu et al.,
+    2020).
+
+    Which class a stranger is most like is free, and so are the differences of its logits. Told to give all classes the
+    same chance, a network gives a drawing the same logits whatever it shows, and what it makes of drawings says nothing
+    of it any more (docs/experiments.md).
+    """
+    of_zeros = math.log(known.shape[1])
+    excess = F.relu(strange.logsumexp(1) - of_zeros).square().sum()
+    shortfall = F.relu(of_zeros + MARGIN - known.logsumexp(1)).square().sum()
+    return MARGIN_WEIGHT * (excess + shortfall) / len(known)
 
 
 def held_out_cost(recipe: Recipe, outputs: Tensor, labels: Tensor) -> float:

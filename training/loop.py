@@ -203,6 +203,8 @@ class Batches:
         if recipe.flip:  # in any two epochs each image is seen both ways, which chance doesn't grant (Jordan, 2024)
             mirrored = self._mirrored_first[index] ^ (epoch % 2 == 1)
             images = augment.mirror(images, mirrored)
+        if recipe.trivial:
+            images = augment.trivial(images, recipe.trivial, random)
         if recipe.cutout:
             images = augment.cutout(images, recipe.cutout, random)
         if recipe.strangers:

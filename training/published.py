@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from training import SafelightError, datasets
 from training.bundle import store
-from training.bundle.answers import Answer, answers
+from training.bundle.answers import Answer, Logits, answers, probabilities
 from training.bundle.classes import BUILT_IN
 from training.bundle.golden import Agreement, GoldenMismatch, compare, read_golden
 from training.bundle.images import ImageRejected, decode
@@ -27,9 +28,10 @@ from training.quantize import golden_logits
 MAX_LOGIT_DIFFERENCE = 1e-3  # ten times what export allows: another processor adds in another order
 
 # How far a module that is written for another server may stray from float32 on the golden samples. The service's engine
-# asks for more (1 and 0.02), because it chooses by itself; here a person asks for a precision. `cifar10@2` in bfloat16
-# is off by none and 0.019.
+# asks for more, because it chooses by itself; here a person asks for a precision. `cifar10@3` in bfloat16 is off by
+# none and 0.003: drawings, which it learned to tell as strangers, often get nearly the same chance for two classes.
 MAX_ARGMAX_DIFFERENCES = 5
+TIE = 0.01  # of a probability: a best class that was ahead by less may be another one
 MAX_PROBABILITY_DIFFERENCE = 0.05
 
 Precision = Literal["float32", "bfloat16"]
@@ -155,17 +157,22 @@ def write_module(ref: BundleRef, artifacts: Path, path: Path, precision: Precisi
         write_portable_module(written, load_network(folder, manifest), manifest.input.shape, DTYPES[precision])
         logits = infer(read_module(written), torch.from_numpy(golden.images), torch.device("cpu")).numpy()
         agreement = compare(golden.logits, logits, manifest.calibration.temperature)
-        if (
-            agreement.argmax_differences > MAX_ARGMAX_DIFFERENCES
-            or agreement.probability_difference > MAX_PROBABILITY_DIFFERENCE
-        ):
+        others = _other_answers(golden.logits, logits, manifest.calibration.temperature)
+        if others > MAX_ARGMAX_DIFFERENCES or agreement.probability_difference > MAX_PROBABILITY_DIFFERENCE:
             raise ModuleInaccurate(
-                f"{ref} in {precision} differs from float32 in {agreement.argmax_differences} of {len(logits)} best "
+                f"{ref} in {precision} differs from float32 in {others} of {len(logits)} best "
                 f"classes (allowed: {MAX_ARGMAX_DIFFERENCES}) and by {agreement.probability_difference:.3f} in a "
                 f"probability (allowed: {MAX_PROBABILITY_DIFFERENCE})"
             )
         os.replace(written, path)
     return agreement
+
+
+def _other_answers(reference: Logits, logits: Logits, temperature: float) -> int:
+    """How many best classes of `reference` [N, K] that weren't nearly tied are others in `logits`."""
+    chances = np.sort(probabilities(reference, temperature), axis=1)
+    ahead = chances[:, -1] - chances[:, -2]
+    return int(((reference.argmax(1) != logits.argmax(1)) & (ahead > TIE)).sum())
 
 
 def as_json(prediction: Prediction) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from training.augment import cutout, mirror, move, random_affine, random_shifts
+from training import augment
+from training.augment import cutout, mirror, move, random_affine, random_shifts, trivial
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -149,3 +150,116 @@ def test_the_same_generator_does_the_same_and_each_picture_has_its_own(
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
     assert len({picture.numpy().tobytes() for picture in once}) > 10
+
+
+# --- TrivialAugment ---------------------------------------------------------------------------------------------------
+
+
+def coloured(count: int, side: int = 10) -> Tensor:
+    """Noise, [N, 3, side, side], pixels 0 … 255."""
+    return torch.randint(0, 256, (count, 3, side, side), generator=seeded(1)).float()
+
+
+def by(amount: float, count: int = 3) -> Tensor:
+    return torch.full((count, 1, 1, 1), amount)
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.5, 0.4, 0.55), (1.0, 0.8, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_share_of_the_pictures_is_changed_and_no_pixel_leaves_its_range(
+    share: float, least: float, most: float, channels: int
+) -> None:
+    images = coloured(1000)[:, :channels].to(torch.uint8)
+    before = images.clone()
+    changed = trivial(images, share, seeded())
+    assert torch.equal(images, before)
+    assert (changed.shape, changed.dtype) == (images.shape, torch.float32)
+    assert (changed.min(), changed.max()) == (0, 255)
+    assert least <= float((changed != images).flatten(1).any(1).double().mean()) <= most
+
+
+def test_pictures_are_changed_in_every_way_about_as_often_and_the_same_by_the_same_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = coloured(1).expand(2400, -1, -1, -1)
+    assert torch.equal(trivial(images, 1.0, seeded(3)), trivial(images, 1.0, seeded(3)))
+    amounts: list[list[float]] = [[] for _ in augment.CHANGES]
+
+    def noted(way: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda images, amount: amounts[way].extend(amount.flatten().tolist()) or images + way
+
+    monkeypatch.setattr(augment, "CHANGES", tuple(noted(way) for way in range(len(amounts))))
+    changed = trivial(images.clamp(0, 200), 1.0, seeded(3))
+    ways = (changed - images.clamp(0, 200)).mean((1, 2, 3)).round().long()
+    assert torch.bincount(ways).tolist() == [len(found) for found in amounts]
+    assert all(150 <= len(found) <= 250 and min(found) < -0.9 and max(found) > 0.9 for found in amounts)
+
+
+@pytest.mark.parametrize("change", augment.CHANGES, ids=lambda change: change.__name__)
+def test_a_change_by_nothing_changes_nothing_and_one_by_much_does(change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    images = 20 + coloured(3) * 0.8
+    if change not in (
+        augment._posterised,
+        augment._stretched,
+    ):  # no amount of it is nothing
+        assert torch.allclose(change(images, by(0)), images, atol=0.05)
+    for amount in (-0.9, 0.9):
+        assert float((change(images, by(amount)) - images).abs().mean()) > 5
+
+
+def test_a_picture_is_turned_by_a_right_angle_at_most() -> None:
+    images = coloured(3)
+    assert torch.allclose(augment._turned(images, by(1)), torch.rot90(images, 1, (2, 3)), atol=0.05)
+    assert torch.allclose(augment._turned(images, by(-1)), torch.rot90(images, -1, (2, 3)), atol=0.05)
+
+
+def test_a_picture_that_is_no_square_is_turned_and_not_squeezed() -> None:
+    lengths = torch.hypot(*(coordinates(1, 9, 15).float()[0] - torch.tensor([4.0, 7.0])[:, None, None]))
+    hill = torch.exp(-((lengths / 3) ** 2)).expand(3, 1, -1, -1) * 255  # the same however it is turned
+    inside = lengths < 4
+    assert torch.allclose(augment._turned(hill, by(0.7))[..., inside], hill[..., inside], atol=10)
+
+
+def test_a_picture_is_moved_by_three_tenths_of_its_side_at_most_and_mirrored_at_its_border() -> None:
+    images = coloured(3)
+    reflected = [3, 4, 5, 6, 7, 8, 9, 9, 8, 7]
+    assert torch.allclose(augment._moved_along(images, by(1)), images[..., reflected], atol=0.05)
+    assert torch.allclose(augment._moved_down(images, by(1)), images[:, :, reflected], atol=0.05)
+
+
+def test_a_sheared_picture_keeps_its_middle_and_moves_its_edges_apart() -> None:
+    rows = augment._sheared_along(coordinates(3, 9, 9).float(), by(0.5))
+    assert torch.allclose(rows[:, 1, :, 4], 4 + 0.4 * (torch.arange(9.0) - 4), atol=0.05)
+    columns = augment._sheared_down(coordinates(3, 9, 9).float(), by(0.5))
+    assert torch.allclose(columns[:, 0, 4], 4 + 0.4 * (torch.arange(9.0) - 4), atol=0.05)
+
+
+def test_brightness_contrast_and_saturation_change_what_they_are_named_for() -> None:
+    images = 100 + coloured(3) / 10
+    grey = augment._grey(images)
+    assert torch.allclose(augment._brightness(images, by(0.5)), images * 1.45)
+    flatter = augment._contrast(images, by(-1))
+    assert torch.allclose(flatter.std((1, 2, 3)), 0.1 * images.std((1, 2, 3)), rtol=0.01)
+    assert torch.allclose(augment._grey(flatter).mean((1, 2, 3)), grey.mean((1, 2, 3)), rtol=1e-4)
+    paler = augment._saturation(images, by(-1))
+    assert torch.allclose(augment._grey(paler), grey, rtol=1e-4)
+    assert torch.allclose(paler - grey, 0.1 * (images - grey), atol=0.01)
+    assert torch.allclose(augment._saturation(grey.expand(-1, 3, -1, -1), by(1)), grey.expand(-1, 3, -1, -1))
+
+
+def test_a_sharper_picture_is_further_from_its_neighbours() -> None:
+    images = coloured(3)
+    blurred, sharper = augment._sharpness(images, by(-1)), augment._sharpness(images, by(1))
+    assert 2 * float(blurred.std()) < float(images.std()) < 0.7 * float(sharper.std())
+
+
+def test_bits_are_dropped_light_is_turned_to_dark_and_channels_fill_their_range() -> None:
+    images = coloured(3)
+    assert sorted(set(augment._posterised(images, by(1)).flatten().tolist())) == [0, 64, 128, 192]
+    assert torch.equal(augment._solarised(images, by(1)), 255 - images)
+    dark = images < 255 * 0.5
+    assert torch.equal(augment._solarised(images, by(-0.5)), torch.where(dark, images, 255 - images))
+    full = augment._stretched(50 + images / 5, by(0))
+    assert torch.allclose(full.amin((2, 3)), torch.zeros(3, 3), atol=1e-3)
+    assert torch.allclose(full.amax((2, 3)), torch.full((3, 3), 255.0), atol=1e-3)
+    assert torch.equal(augment._stretched(torch.full((1, 3, 4, 4), 7.0), by(0, 1)), torch.full((1, 3, 4, 4), 7.0))

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from tests.tiny import TINY
-from training.costs import cost, distance_from_teacher, held_out_cost, penalty, squared_error
+from training.costs import (
+    MARGIN,
+    MARGIN_WEIGHT,
+    cost,
+    distance_from_teacher,
+    energy_margin,
+    held_out_cost,
+    penalty,
+    squared_error,
+)
 from training.recipes import Recipe, Teacher
 
 OUTPUTS = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -59,6 +68,28 @@ def test_labels_and_teacher_share_the_cost() -> None:
     taught = torch.tensor([[0.0, 3.0], [1.0, 0.0]])
     labels, teacher = cost(PLAIN, OUTPUTS, LABELS, None), distance_from_teacher(OUTPUTS, taught, 2.0)
     assert cost(recipe, OUTPUTS, LABELS, taught).item() == pytest.approx(float(0.25 * labels + 0.75 * teacher))
+
+
+def with_energy(energy: float, difference: float) -> list[float]:
+    """Two logits, so far from each other, of this log-sum-exp."""
+    low = energy - math.log(1 + math.exp(difference))
+    return [low, low + difference]
+
+
+def test_strangers_cost_by_how_far_their_energy_is_above_that_of_zeros_and_others_by_how_far_theirs_isn_t() -> None:
+    zeros = math.log(2)
+    known = torch.tensor([with_energy(zeros + MARGIN - 3, 1), with_energy(zeros + MARGIN + 1, 2)])
+    strange = torch.tensor([with_energy(zeros + 2, 9), with_energy(zeros + 1, 0), with_energy(zeros - 4, 3)])
+    expected = MARGIN_WEIGHT * (3**2 + 2**2 + 1) / 2
+    assert energy_margin(known, strange).item() == pytest.approx(expected, rel=1e-4)
+    whole = cost(PLAIN, torch.cat([known, strange]), LABELS, None)
+    assert whole.item() == pytest.approx(cost(PLAIN, known, LABELS, None).item() + expected, rel=1e-4)
+
+
+def test_what_class_a_stranger_resembles_is_free() -> None:
+    known = torch.tensor([with_energy(10, 1)])
+    for difference in (0.0, 5.0):
+        assert energy_margin(known, torch.tensor([with_energy(math.log(2) - 0.01, difference)])).item() == 0
 
 
 @pytest.mark.parametrize("l1", [0.0, 0.5])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.tiny import TINY, squares
+from training import augment
 from training.costs import cost, penalty
 from training.datasets import Split
 from training.gradient import Batch, Gradient, Passed
@@ -124,3 +125,12 @@ def test_on_a_gpu_nothing_of_a_step_stays_behind_on_the_cpu() -> None:
         filters = [parameter for parameter in network.parameters() if parameter.ndim == 4]
         Muon(filters, lr=torch.tensor(0.1, device=cuda), momentum=0.6).step()
         assert {one.device for one in network.parameters()} == {cuda}
+
+
+@pytest.mark.parametrize("change", augment.CHANGES, ids=lambda change: change.__name__)
+def test_on_a_gpu_pictures_are_changed_where_they_are(change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    cuda = torch.device("cuda", 0)
+    with FakeTensorMode():
+        images, amount = torch.empty(5, 3, 8, 8, device=cuda), torch.empty(5, 1, 1, 1, device=cuda)
+        changed = change(images, amount)
+    assert (changed.shape, changed.device) == (images.shape, cuda)

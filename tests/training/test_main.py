@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -346,6 +347,14 @@ def test_a_model_s_module_is_written_for_another_server(
     images = squares().test.images
     assert (written(images).softmax(1) - own(images).softmax(1)).abs().max() <= 0.05
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.ts"]
+
+
+def test_another_best_class_is_another_answer_unless_both_were_nearly_tied() -> None:
+    chances = np.array([[0.6, 0.3, 0.1], [0.449, 0.448, 0.103], [0.44, 0.445, 0.115], [0.2, 0.2, 0.6]])
+    others = chances[:, [1, 0, 2]]  # the first two change places
+    assert published._other_answers(np.log(chances), np.log(others), temperature=1.0) == 1
+    assert published._other_answers(np.log(chances), np.log(chances), temperature=1.0) == 0
+    assert published._other_answers(np.log(chances), np.log(others), temperature=0.1) == 3  # far apart by then
 
 
 @pytest.mark.usefixtures("tiny")

@@ -108,13 +108,19 @@ class Recipe(BaseModel):
     )
     teacher: Teacher | None = None
     strangers: float = Field(
-        0, ge=0, lt=1, description="drawn pictures of no class beside each batch, as a share of it, to be unsure about"
+        0,
+        ge=0,
+        lt=1,
+        description="drawn pictures of no class beside each batch, as a share of it, whose logits learn to be low",
     )
 
     flip: bool = Field(False, description="mirror every other epoch; wrong for anything that has a handedness")
     shift: int = Field(0, ge=0, description="images move by at most this many pixels, borders reflected")
     shift_step: int = Field(1, ge=1, description="and by multiples of this many")
     affine: Affine = Affine()
+    trivial: float = Field(
+        0, ge=0, le=1, description="share of the images that are turned, sheared, moved, made darker, more colourful, …"
+    )
     cutout: int = Field(0, ge=0, description="a square of so many pixels is covered in each image")
 
     views: Literal["none", "shifts", "mirrored shifts"] = Field("none", description="of test-time augmentation")

@@ -14,7 +14,9 @@ CIFAR10_94 = CIFAR10.model_copy(
         "batch_size": 1000,
         "optimizer": Muon(filter_lr=0.17, bias_lr=0.053, head_lr=1e-5, weight_decay=2e-6),
         "label_smoothing": 0.2,
+        "strangers": 0.0,
         "shift": 2,
+        "trivial": 0.0,
         "cutout": 0,
     }
 )
