@@ -124,13 +124,8 @@ def test_each_kind_of_answer_gives_the_same_rows() -> None:
 
 
 def test_answers_are_held_against_the_modules_own() -> None:
-    even = [0.5, 0.5]
-    assert compare([even], [even]) == {"good": True, "difference": 0.0, "far": 0, "of": 1}
-    assert compare([[0.25, 0.75]], [even]) == {"good": False, "difference": 0.25, "far": 1, "of": 1}
-    one_far = [[0.375, 0.625], *[even] * 19]
-    assert compare(one_far, [even] * 20) == {"good": True, "difference": 0.125, "far": 1, "of": 20}
-    assert not compare(one_far[:19], [even] * 19)["good"]  # more than one in twenty
-    assert not compare([[0.0, 1.0], *[even] * 19], [even] * 20)["good"]  # another picture's answer
+    assert compare([[0.5, 0.5]], [[0.5, 0.5]]) == {"good": True, "difference": 0.0}
+    assert compare([[0.25, 0.75]], [[0.5, 0.5]]) == {"good": False, "difference": 0.25}
     assert compare([[0.5, 0.5]], [[0.5, 0.5]] * 2)["why"] == "1 answers for 2 pictures"
 
 
