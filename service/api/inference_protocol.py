@@ -123,7 +123,7 @@ async def config(
         [{"name": one.name, "data_type": CONFIG_TYPES[one.datatype], "dims": one.shape} for one in described]
         for described in (tensors.inputs(manifest), tensors.outputs(manifest))
     )
-    most = size_within(registry.limits.max_batch)
+    largest = size_within(registry.limits.max_batch)
     return {
         "name": model,
         "platform": "pytorch_torchscript",
@@ -131,10 +131,7 @@ async def config(
         "max_batch_size": settings.max_images,
         "input": [one | {"optional": True} for one in inputs],
         "output": outputs,
-        "dynamic_batching": {
-            "preferred_batch_size": [most],
-            "max_queue_delay_microseconds": 0,
-        },
+        "dynamic_batching": {"preferred_batch_size": [largest], "max_queue_delay_microseconds": 0},
         "response_cache": {"enable": settings.cache_mb > 0},
     }
 
