@@ -118,6 +118,11 @@ def verdicts(measured: Measured) -> Iterator[Verdict]:
             found = f"{p99:.1f} ms for {theirs:.1f} ms"
             yield Verdict(f"`/predict`, {title(load)}: p99 no worse than its", found, p99 <= theirs)
     yield from beside_the_floor(rate_of(ours, MANY), measured.get("floor", {}))
+    answers = {name: checked(good(form)) for name, form in {"`/predict`": ours, **forms}.items()}
+    for name in (name for name, told in answers.items() if told.startswith("WRONG")):
+        yield Verdict(f"{name}: answers within 0.05 of the module's own", answers[name], False)
+    if any(told.startswith("WRONG") for told in answers.values()):
+        return  # a rate of wrong answers is none
     for name, form in forms.items():
         ratios = {
             load: (rate_of(form, load) or 0.0) / (rate_of(ours, load) or 1.0) for load in connection_counts([form])

@@ -356,6 +356,15 @@ def test_each_target_gets_a_verdict() -> None:
     ]
 
 
+def test_wrong_answers_are_a_verdict_and_have_no_rate() -> None:
+    rows = [row("safelight", run(1000, difference=0.5), form=form) for form in ("multipart", "raw")]
+    found = list(report.verdicts({"rows": [*rows, row("triton", run(500))], "floor": {}}))
+    assert [(one.rule, one.found, one.passed) for one in found] == [
+        ("`/predict`: answers within 0.05 of the module's own", "WRONG: off by 0.5", False),
+        ("raw: answers within 0.05 of the module's own", "WRONG: off by 0.5", False),
+    ]
+
+
 def test_p99_is_held_against_the_best_other_s_where_that_is_a_target() -> None:
     loads = {"1": {"rps": 900, "p99_ms": 9.0}, "64": {"rps": 900, "p99_ms": 30.0}}
     theirs = {"1": {"rps": 300, "p99_ms": 8.9}, "64": {"rps": 100, "p99_ms": 30.0}}
