@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from training import events
 from training.bundle.answers import Logits
-from training.bundle.int8 import Figures, Int8, Ranges
+from training.bundle.int8 import Figures, Int8, Ranges, rounded_weights
 from training.bundle.manifest import InputSpec
 from training.calibrate import expected_calibration_error
 from training.datasets import Split
@@ -34,7 +34,7 @@ DRAWN = 64  # golden ones beside them; they are also those whose logits are kept
 SAMPLED = 30_000  # values of them for each layer; from 32,768 torch shares the work, and waits, on a busy machine
 DRAWN_WEIGHT = 0.003  # of a golden picture's error, where a real one's counts 1
 CUTS = np.linspace(0.06, 1.0, 48)  # of the largest value: what lies above is cut off
-MAX_BYTE, MAX_WEIGHT = 255, 127
+MAX_BYTE = 255
 
 
 def int8_form(
@@ -131,7 +131,8 @@ def simulated(folded: Network, ranges: Ranges) -> Network:
     """A copy of a folded network that rounds as int8 does, though it computes in float32."""
     copy = deepcopy(folded)
     for convolution, scale, zero in zip(convolutions(copy), ranges.scales.tolist(), ranges.zeros.tolist(), strict=True):
-        _round_weights(convolution)
+        weight = convolution.weight.data
+        weight.copy_(torch.from_numpy(rounded_weights(weight.cpu().numpy())))
         convolution.register_forward_pre_hook(partial(_round_input, scale=scale, zero=zero))
     return copy
 
@@ -139,12 +140,3 @@ def simulated(folded: Network, ranges: Ranges) -> Network:
 def _round_input(_: nn.Module, given: tuple[Tensor], *, scale: float, zero: int) -> None:
     """In place: what goes around the convolution is rounded as well."""
     given[0].copy_(torch.fake_quantize_per_tensor_affine(given[0], scale, zero, 0, MAX_BYTE))
-
-
-@torch.no_grad()
-def _round_weights(convolution: nn.Conv2d) -> None:
-    weight = convolution.weight
-    largest = weight.abs().flatten(1).amax(1).clamp(min=1e-12)
-    zeros = torch.zeros(len(largest), dtype=torch.int32, device=weight.device)
-    scales = largest / MAX_WEIGHT
-    weight.copy_(torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -MAX_WEIGHT, MAX_WEIGHT))

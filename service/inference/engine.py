@@ -26,7 +26,16 @@ from service.telemetry import logger
 from training.bundle import store
 from training.bundle.answers import Logits
 from training.bundle.golden import Agreement, Golden, GoldenMismatch, compare, read_golden
-from training.bundle.int8 import INT8, MAX_DEVIATION, Int8, Ranges, deviation, read_int8
+from training.bundle.int8 import (
+    INT8,
+    MAX_DEVIATION,
+    Int8,
+    Ranges,
+    deviation,
+    largest_weights,
+    read_int8,
+    rounded_weights,
+)
 from training.bundle.manifest import GOLDEN, MODULE, BundleError, Manifest
 from training.processors import allowed_processors
 
@@ -388,8 +397,8 @@ def _quantize(model: Any, ranges: Ranges) -> None:
     """Round what goes into the last convolutions, one for each range; the compiler then computes them on bytes.
 
     What else takes it in gets it rounded too. The largest of rounded values is the largest one rounded: what goes into
-    a maximum is rounded already, so that the convolution above writes bytes. Weights are rounded to 255 steps between
-    plus and minus the largest of their output channel.
+    a maximum is rounded already, so that the convolution above writes bytes. Weights are rounded here, and once more to
+    the same steps by what tells the compiler so.
     """
     from openvino import opset13
 
@@ -409,5 +418,7 @@ def _quantize(model: Any, ranges: Ranges) -> None:
         as_bytes = rounded(x, -zero * scale, (255 - zero) * scale, 256)
         for user in users:
             user.replace_source_output(as_bytes)
-        largest = np.abs(weights.get_node().data).max((1, 2, 3), keepdims=True).clip(1e-12)
-        node.input(1).replace_source_output(rounded(weights, -largest, largest, 255))
+        floats = weights.get_node().data
+        largest = largest_weights(floats)
+        steps = opset13.constant(rounded_weights(floats))
+        node.input(1).replace_source_output(rounded(steps, -largest, largest, 255))

@@ -3,11 +3,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from tests.tiny import squares
 from training import events
-from training.bundle.int8 import Figures, Int8, Int8Malformed, Ranges, deviation, read_int8, write_int8
+from training.bundle.int8 import Figures, Int8, Int8Malformed, Ranges, deviation, read_int8, rounded_weights, write_int8
 from training.bundle.manifest import InputSpec
 from training.datasets import Split
 from training.networks import ConvNet
@@ -90,6 +94,28 @@ def test_weights_are_rounded_to_127_steps_of_their_channels_largest() -> None:
     steps = (rounded.flatten(1) / (largest[:, None] / 127)).detach()
     torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
     assert steps.abs().amax(1).round().tolist() == [127.0] * 16
+
+
+@given(arrays(np.float32, (3, 2, 3, 3), elements=st.floats(-2, 2, width=32)))
+def test_rounded_weights_are_beside_theirs_and_keep_the_kernels_sum(weights: NDArray[np.float32]) -> None:
+    step = np.abs(weights).max((1, 2, 3), keepdims=True).clip(1e-12) / 127
+    errors = (rounded_weights(weights) - weights) / step
+    assert np.abs(errors).max() < 1 + 1e-4
+    assert np.abs(errors.sum((2, 3))).max() < 0.5 + 1e-3
+    np.testing.assert_allclose(rounded_weights(rounded_weights(weights)), rounded_weights(weights), rtol=1e-5)
+
+
+def test_what_a_smooth_picture_gives_is_kept_better_than_by_the_nearest_steps() -> None:
+    generator = np.random.default_rng(0)
+    weights = generator.normal(size=(64, 16, 3, 3)).astype(np.float32)
+    step = np.abs(weights).max((1, 2, 3), keepdims=True) / 127
+    smooth = generator.uniform(0, 6, (16, 1, 1)) + generator.normal(0, 0.1, (16, 3, 3))
+    given = [
+        np.einsum("oihw,ihw->o", one - weights, smooth)
+        for one in (rounded_weights(weights), np.round(weights / step) * step)
+    ]
+    kept, nearest = (float(np.sqrt(np.square(errors).mean())) for errors in given)
+    assert kept < nearest / 2
 
 
 def test_a_form_that_costs_too_much_is_not_published_and_that_is_said() -> None:

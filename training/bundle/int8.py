@@ -1,7 +1,8 @@
 """The int8 form of a bundle: what it takes to run the module's convolutions on bytes, and what that costs.
 
-Weights need nothing here: each output channel's scale is its largest weight. What can't be derived is which values the
-activations take; that was seen at export, on pictures. A bundle without this file runs in float32, as it always did.
+Weights need nothing here: `rounded_weights` makes the same of them wherever they are. What can't be derived is which
+values the activations take; that was seen at export, on pictures. A bundle without this file runs in float32, as it
+always did.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from training.bundle.golden import GoldenMismatch
 from training.bundle.manifest import BundleError, Fraction
 
 INT8 = "int8.safetensors"
+MAX_WEIGHT = 127  # a weight's byte, plus and minus
 
 # What int8 may cost on pictures of the test set, as shares of them; one picture in any case, for of fewer than a
 # thousand no part is a tenth of a per cent.
@@ -77,6 +79,28 @@ class Int8:
     ranges: Ranges
     logits: Logits  # [N, K], of the first N golden images
     figures: Figures
+
+
+def largest_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each output channel of a convolution [O, I, H, W], and what MAX_WEIGHT stands for there: [O, 1, 1, 1]."""
+    return np.abs(weights).max((1, 2, 3), keepdims=True).clip(1e-12)
+
+
+def rounded_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A convolution's weights [O, I, H, W] as bytes can hold them: 255 steps between plus and minus the largest.
+
+    Each becomes one of the two steps beside it, the nearer one unless the kernel's sum [O, I] would be more than half a
+    step off. What a kernel looks at is mostly smooth, so the sum of its errors counts for more than each of them.
+    """
+    scales = largest_weights(weights).astype(np.float64) / MAX_WEIGHT
+    steps = (weights / scales).reshape(*weights.shape[:2], -1)  # [O, I, H * W]
+    below = np.floor(steps)
+    above = np.round(
+        (steps - below).sum(2, keepdims=True)
+    )  # how many are rounded up: those with the largest remainders
+    rank = np.argsort(np.argsort(below - steps, axis=2, kind="stable"), axis=2)
+    kept = np.clip(below + (rank < above), -MAX_WEIGHT, MAX_WEIGHT).reshape(weights.shape)
+    return (kept * scales).astype(np.float32)
 
 
 def write_int8(path: Path, int8: Int8) -> None:
