@@ -95,11 +95,10 @@ def rounded_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     scales = largest_weights(weights).astype(np.float64) / MAX_WEIGHT
     steps = (weights / scales).reshape(*weights.shape[:2], -1)  # [O, I, H * W]
     below = np.floor(steps)
-    above = np.round(
-        (steps - below).sum(2, keepdims=True)
-    )  # how many are rounded up: those with the largest remainders
-    rank = np.argsort(np.argsort(below - steps, axis=2, kind="stable"), axis=2)
-    kept = np.clip(below + (rank < above), -MAX_WEIGHT, MAX_WEIGHT).reshape(weights.shape)
+    remainders = steps - below
+    up = np.round(remainders.sum(2, keepdims=True))  # so many of a kernel's, those with the largest remainders
+    rank = np.argsort(np.argsort(-remainders, axis=2, kind="stable"), axis=2)
+    kept = np.clip(below + (rank < up), -MAX_WEIGHT, MAX_WEIGHT).reshape(weights.shape)
     return (kept * scales).astype(np.float32)
 
 
