@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.tiny import TINY, make_bundle, squares, write_class_folders
 from training import runs
 
 DATA = os.environ.get("SAFELIGHT_DATA")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
