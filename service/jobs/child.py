@@ -21,9 +21,9 @@ LOCK = ".lock"  # a process holds it for as long as it works in the folder
 
 PROC = Path("/proc")
 CGROUPS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))  # version 2, 1
-# Between two pieces of work its threads go round in circles for some tens of milliseconds, as GNU's OpenMP counts them.
-# With one of them asleep Linux takes that processor for the free one, and crowds the service's threads there.
-EVEN = {"GOMP_SPINCOUNT": "2000000"}
+# Between two pieces of work its threads spin for some tens of milliseconds (GNU's OpenMP counts turns) before they
+# sleep. With one of them asleep Linux takes that processor for the free one, and crowds the service's threads there.
+SPINNING = {"GOMP_SPINCOUNT": "2000000"}
 FIRST_TO_GO = "500"  # where memory runs out, the system ends this process before the service
 
 
@@ -37,7 +37,7 @@ class Child:
         """Run a command whose output goes to the folder's log. Raises OSError."""
         with (folder / LOG).open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=PIPE, stdout=log, stderr=log, env=EVEN | os.environ, start_new_session=True
+                *command, stdin=PIPE, stdout=log, stderr=log, env=SPINNING | os.environ, start_new_session=True
             )
         child = cls(process)
         try:
