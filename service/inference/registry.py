@@ -500,10 +500,8 @@ class Registry:
 
     async def close(self) -> None:
         await asyncio.gather(*self._tasks)  # a load that nobody waits for any more comes to its end
-        for line in self.lines.values():
-            for entry in line.entries.values():
-                self._unload(entry)
-        await asyncio.gather(*self._tasks)
+        entries = [entry for line in self.lines.values() for entry in line.entries.values()]
+        await asyncio.gather(*(entry.predictor.close() for entry in entries if entry.predictor))
         self._engines.close()
         for executor in (self._decoders, self._loader):
             executor.shutdown(cancel_futures=True)
