@@ -36,7 +36,8 @@ serve: .venv/runtime
 	$(BIN)/python -m service
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --ignore tests/e2e
+	$(BIN)/pytest tests/e2e  # one at a time: they load, measure and interrupt real servers
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -627,11 +627,31 @@ def test_null_is_as_good_as_nothing(client: TestClient) -> None:
         (b"{}", {HEAD: "abc"}, "Inference-Header-Content-Length must be a whole number, not 'abc'"),
         (b"{}", {HEAD: "-1"}, "Inference-Header-Content-Length must be a whole number, not '-1'"),
         (b"{}", {HEAD: "9"}, "Inference-Header-Content-Length is 9; the body has only 2 bytes"),
-        (gzip.compress(b"{}")[:-4], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Compressed"),
-        (gzip.compress(b"{}")[:5], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Compressed"),
-        (gzip.compress(b"{}") + gzip.compress(b" ")[:-4], {"Content-Encoding": "gzip"}, "the body isn't gzip, or not"),
-        (gzip.compress(b"{}") + b"more", {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Not a"),
-        (gzip.compress(b"") * 10_001, {"Content-Encoding": "gzip"}, "the gzip body has more than 10000 members"),
+        (
+            gzip.compress(b"{}", mtime=0)[:-4],
+            {"Content-Encoding": "gzip"},
+            "the body isn't gzip, or not all of it: Compressed",
+        ),
+        (
+            gzip.compress(b"{}", mtime=0)[:5],
+            {"Content-Encoding": "gzip"},
+            "the body isn't gzip, or not all of it: Compressed",
+        ),
+        (
+            gzip.compress(b"{}", mtime=0) + gzip.compress(b" ", mtime=0)[:-4],
+            {"Content-Encoding": "gzip"},
+            "the body isn't gzip, or not",
+        ),
+        (
+            gzip.compress(b"{}", mtime=0) + b"more",
+            {"Content-Encoding": "gzip"},
+            "the body isn't gzip, or not all of it: Not a",
+        ),
+        (
+            gzip.compress(b"", mtime=0) * 10_001,
+            {"Content-Encoding": "gzip"},
+            "the gzip body has more than 10000 members",
+        ),
         (b"{}", {"Content-Encoding": "gzip"}, "the body isn't gzip, or not all of it: Not a gzipped file"),
         (b"{}", {"Content-Encoding": "deflate"}, "the body isn't deflate, or not all of it: Error -3"),
         (

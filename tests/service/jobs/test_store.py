@@ -195,7 +195,7 @@ def test_a_pause_may_become_a_cancellation_but_not_the_other_way_round(jobs: Job
         jobs.pause(job.id)
 
 
-@pytest.mark.parametrize("status", AT_WORK)
+@pytest.mark.parametrize("status", sorted(AT_WORK))
 def test_a_cancellation_is_not_lost_to_a_pause_that_was_about_to_be_noted(jobs: JobStore, status: Status) -> None:
     job = in_state(jobs, status)
     seen = jobs.pause(job.id)
