@@ -44,6 +44,9 @@ class Plan:
     patience: float
     logs: Path
 
+    def expected_of(self, server: Server) -> Rows:
+        return self.calibrated if server.calibrated else self.expected
+
 
 @dataclass
 class Running:
@@ -65,39 +68,60 @@ class Running:
 
 
 def measure(server: Server, plan: Plan, wanted: list[str] | None) -> Iterator[tuple[str, Result]]:
-    """Every form that a server has (or those that are wanted), by name. Raises RuntimeError where it doesn't start."""
+    """Every form that a server has (or those that are wanted), by name. Raises RuntimeError where it doesn't start.
+
+    Forms take turns at each number of connections: what is compared was measured within seconds.
+    """
     processes.wait_until_quiet(plan.quiet_cores, plan.patience, [])
-    with started(server, plan) as running:
-        for name, form in server.forms().items():
-            if not wanted or name in wanted:
-                yield name, {"cold_start_s": round(running.cold_start, 2)} | measure_form(running, form, plan)
-
-
-def measure_form(running: Running, form: Form, plan: Plan) -> Result:
-    expected = plan.calibrated if running.server.calibrated else plan.expected
-    try:
-        check = compare(ask_all(running, form, plan), [row for row in expected[:CHECKED] for _ in range(2)])
-    except NotAnswered as error:
-        return {"error": str(error)}
-    result: Result = {"check": check, "work": form.work, "loads": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        singles = Path(folder, "singles")
-        write_requests(
-            singles, [forms.request(running.address, form.path, form.encode([one])) for one in plan.pictures]
-        )
-        wrk(running.address, max(plan.connections), plan.warmup, singles)
+    with started(server, plan) as running, tempfile.TemporaryDirectory() as folder:
+        cold_start = {"cold_start_s": round(running.cold_start, 2)}
+        asked = [
+            Asked(name, form, Path(folder)) for name, form in server.forms().items() if not wanted or name in wanted
+        ]
+        good = []
+        for one in asked:
+            try:
+                one.check(running, plan)
+            except NotAnswered as error:
+                yield one.name, cold_start | {"error": str(error)}
+            else:
+                good.append(one)
+        for one in good:
+            wrk(running.address, max(plan.connections), plan.warmup, one.singles)
         for connections in plan.connections:
-            result["loads"][str(connections)] = load(running, connections, singles, plan)
-        if form.many:
-            path, encode = form.many_path or form.path, form.encode_many or form.encode
-            content = encode(plan.pictures[:MANY])
-            check_many = compare(form.decode(*post(running, path, content), running.server.classes), expected[:MANY])
-            many = Path(folder, "many")
-            write_requests(many, [forms.request(running.address, path, content)])
-            wrk(running.address, MANY_CONNECTIONS, 1, many)
-            figures = load(running, MANY_CONNECTIONS, many, plan)
-            result["many"] = figures | {"check": check_many, "images_per_s": round(figures["rps"] * MANY, 1)}
-    return result
+            for one in good:
+                one.result["loads"][str(connections)] = load(running, connections, one.singles, plan)
+        for one in good:
+            if one.form.many:
+                one.load_many(running, plan)
+            yield one.name, cold_start | one.result
+
+
+class Asked:
+    """One form of a server: its requests, in files that wrk reads, and what was measured with them."""
+
+    def __init__(self, name: str, form: Form, folder: Path) -> None:
+        self.name, self.form = name, form
+        self.singles, self.many = folder / f"{name}-singles", folder / f"{name}-many"
+        self.result: Result = {"work": form.work, "loads": {}}
+
+    def check(self, running: Running, plan: Plan) -> None:
+        """Hold a few answers against the module's own. Raises NotAnswered."""
+        answers = [row for row in plan.expected_of(running.server)[:CHECKED] for _ in range(2)]
+        self.result["check"] = compare(ask_all(running, self.form, plan), answers)
+        contents = [self.form.encode([picture]) for picture in plan.pictures]
+        write_requests(self.singles, [forms.request(running.address, self.form.path, content) for content in contents])
+
+    def load_many(self, running: Running, plan: Plan) -> None:
+        """Many pictures a request."""
+        path, encode = self.form.many_path or self.form.path, self.form.encode_many or self.form.encode
+        content = encode(plan.pictures[:MANY])
+        answers = self.form.decode(*post(running, path, content), running.server.classes)
+        check = compare(answers, plan.expected_of(running.server)[:MANY])
+        write_requests(self.many, [forms.request(running.address, path, content)])
+        wrk(running.address, MANY_CONNECTIONS, 1, self.many)
+        figures = load(running, MANY_CONNECTIONS, self.many, plan)
+        self.result["many"] = figures | {"check": check, "images_per_s": round(figures["rps"] * MANY, 1)}
 
 
 # --- start ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ TIMES = {"1": 3.0, "16": 1.7, "64": 1.4, MANY: 1.5}  # the best other's rate, of
 P99_AT = ("1", "64")  # where it must be no worse than the best other's, too
 OF_THE_FLOOR = 0.85
 
-# A row is one server asked in one form: {"server", "form", "repetitions": [what `measure_form` gave, …]}.
+# A row is one server asked in one form: {"server", "form", "repetitions": [what `measure` gave, …]}.
 Row = dict[str, Any]
 Measured = dict[str, Any]  # {"conditions": {name: text}, "rows": [Row, …], "floor": {loop: [rate, …]}}
 
