@@ -111,10 +111,11 @@ def test_pictures_grow_and_shrink_as_far_as_is_allowed() -> None:
     assert (growth.min().item(), growth.max().item()) == pytest.approx((0.8, 1.2), abs=0.02)
 
 
-def test_pictures_turn_as_far_as_is_allowed() -> None:
-    images = torch.zeros(400, 1, 41, 41)
-    images[:, :, 20, 36] = 255  # 16 pixels to the right of the middle
-    places = centres(affine(images, degrees=90)) - 20
+@pytest.mark.parametrize(("height", "width"), [(41, 41), (41, 61), (61, 41)])
+def test_pictures_turn_as_far_as_is_allowed(height: int, width: int) -> None:
+    images = torch.zeros(400, 1, height, width)
+    images[:, :, height // 2, width // 2 + 16] = 255  # 16 pixels to the right of the middle
+    places = centres(affine(images, degrees=90)) - torch.tensor([height // 2, width // 2])
     angles = torch.rad2deg(torch.atan2(places[:, 0], places[:, 1]))
     assert (angles.min().item(), angles.max().item()) == pytest.approx((-90, 90), abs=3)
     assert places.norm(dim=1).numpy() == pytest.approx(16, abs=0.6)
