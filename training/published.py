@@ -180,8 +180,8 @@ def as_json(prediction: Prediction) -> dict[str, Any]:
     if prediction.answer is None:
         return {"file": str(prediction.path), "error": prediction.error}
     answer = prediction.answer
-    return {"file": str(prediction.path), **vars(answer.best)} | {
-        "scores": [vars(score) for score in answer.scores],
+    return {"file": str(prediction.path), **answer.best} | {
+        "scores": answer.scores,
         "in_distribution": answer.in_distribution,
     }
 
@@ -190,8 +190,8 @@ def as_row(prediction: Prediction) -> list[str]:
     if prediction.answer is None:
         return ["", "", prediction.error or "", ""]
     answer = prediction.answer
-    rest = "  ".join(f"{score.label} {score.probability:.1%}" for score in answer.scores[1:])
-    return [answer.best.label, f"{answer.best.probability:.1%}", rest, "yes" if answer.in_distribution else "no"]
+    rest = "  ".join(f"{score['label']} {score['probability']:.1%}" for score in answer.scores[1:])
+    return [answer.best["label"], f"{answer.best['probability']:.1%}", rest, "yes" if answer.in_distribution else "no"]
 
 
 def _last_line(error: Exception) -> str:

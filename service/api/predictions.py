@@ -166,5 +166,4 @@ def prediction(outcome: Answer | SafelightError, request_id: str) -> dict[str, A
     """One picture's entry, as `Predictions` has it; not by way of it, for that takes longer than the picture."""
     if isinstance(outcome, SafelightError):
         return {"error": problems.of(outcome, request_id)}
-    scores = [vars(score) for score in outcome.scores]
-    return scores[0] | {"scores": scores, "in_distribution": outcome.in_distribution}
+    return outcome.best | {"scores": outcome.scores, "in_distribution": outcome.in_distribution}

@@ -189,7 +189,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 def test_each_file_has_its_answer_or_its_error(artifacts: Path, pictures: list[Path]) -> None:
     first, *bad, last = published.predict(GREYS_1, artifacts, pictures, top_k=2, device="cpu")
     assert [result.path for result in (first, *bad, last)] == pictures
-    assert [result.answer and result.answer.best.label for result in (first, last)] == ["grey-3", "grey-9"]
+    assert [result.answer and result.answer.best["label"] for result in (first, last)] == ["grey-3", "grey-9"]
     assert [result.error for result in (first, last)] == [None, None]
     assert [result.answer for result in bad] == [None, None]
     assert [result.error for result in bad] == [

@@ -4,6 +4,7 @@ The service and the command line both answer through here. Knows only arrays and
 """
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,7 @@ Logits = NDArray[np.float32]
 Probabilities = NDArray[np.float64]
 
 
-@dataclass  # not frozen: there are five or more for each picture, and freezing them takes longer than making them
-class Ranked:
+class Ranked(TypedDict):  # no object: there are five or more for each picture, and they are to become JSON
     label: str
     index: int
     probability: float
@@ -25,7 +25,7 @@ class Ranked:
 class Answer:
     """What a model says of one picture: the best label, the `top_k` best with it, and whether to believe it."""
 
-    scores: tuple[Ranked, ...]  # best first
+    scores: list[Ranked]  # best first
     in_distribution: bool
 
     @property
@@ -78,8 +78,11 @@ class Ranking:
     def answer(self, row: int, top_k: int) -> Answer:
         best = self.order[row, :top_k]
         chances = self.chances[row].take(best)
-        scores = [Ranked(self.classes[i], i, chance) for i, chance in zip(best.tolist(), chances.tolist(), strict=True)]
-        return Answer(tuple(scores), bool(self.familiar[row]))
+        scores: list[Ranked] = [
+            {"label": self.classes[index], "index": index, "probability": chance}
+            for index, chance in zip(best.tolist(), chances.tolist(), strict=True)
+        ]
+        return Answer(scores, bool(self.familiar[row]))
 
 
 Row = tuple[Ranking, int]  # what a batch's logits say, and which of its pictures is meant

@@ -68,7 +68,7 @@ def logits(row: object) -> bytes:
 
 def best(row: object) -> str:
     assert isinstance(row, tuple)
-    return str(row[0].answer(row[1], 1).best.label)
+    return str(row[0].answer(row[1], 1).best["label"])
 
 
 def test_pixels_and_files_are_kept_apart(artifacts: Path) -> None:

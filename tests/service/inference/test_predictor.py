@@ -41,7 +41,7 @@ def test_decoding_stops_when_nobody_waits_for_it(artifacts: Path, why: str) -> N
             await asking
         begun = time.perf_counter()
         answered = await predictor.predict([grey(3)], 1, in_seconds(60))
-        assert answered.outcomes[0].best.label == "grey-3"  # type: ignore[union-attr]
+        assert answered.outcomes[0].best["label"] == "grey-3"  # type: ignore[union-attr]
         assert time.perf_counter() - begun < 20 * one  # of 100 in each thread
 
     run_predictor(artifacts, test)
@@ -59,7 +59,7 @@ def test_logits_that_are_not_finite_fail_their_picture_alone(artifacts: Path, va
         first, failed, last = ranked(broken, predictor.manifest)(images)
         assert str(failed) == "the model answered this picture with NaN or infinity"
         assert isinstance(failed, InferenceFailed)
-        labels = [row[0].answer(row[1], 1).best.label for row in (first, last)]  # type: ignore[index, union-attr]
+        labels = [row[0].answer(row[1], 1).best["label"] for row in (first, last)]  # type: ignore[index, union-attr]
         assert labels == ["grey-1", "grey-3"]
 
     run_predictor(artifacts, test)
@@ -73,7 +73,7 @@ def test_pictures_decoded_at_once_and_in_threads_get_the_same_answers(artifacts:
     async def test(predictor: Predictor) -> None:
         for pictures in ([grey(5)] * count, [larger] * count, [grey(5), larger] * count):
             answered = await predictor.predict(pictures, 1, in_seconds(60))
-            assert {outcome.best.label for outcome in answered.outcomes} == {"grey-5"}  # type: ignore[union-attr]
+            assert {outcome.best["label"] for outcome in answered.outcomes} == {"grey-5"}  # type: ignore[union-attr]
             assert len(answered.outcomes) == len(pictures)
 
     run_predictor(artifacts, test)
@@ -131,7 +131,7 @@ def test_only_pictures_with_an_answer_are_counted_as_answered(tmp_path: Path) ->
         pictures = [grey(1), grey(2, first_pixel=POISON), b"no picture", grey(3)]
         first, poisoned, unread, last = (await predictor.predict(pictures, 1, in_seconds(10))).outcomes
         assert (isinstance(poisoned, InferenceFailed), isinstance(unread, NotAnImage)) == (True, True)
-        assert (first.best.label, last.best.label) == ("grey-1", "grey-3")  # type: ignore[union-attr]
+        assert (first.best["label"], last.best["label"]) == ("grey-1", "grey-3")  # type: ignore[union-attr]
         assert REGISTRY.get_sample_value("safelight_images_total", names) == before + 2
 
     run_predictor(tmp_path, test)

@@ -32,7 +32,7 @@ async def ask(registry: Registry, level: int, model: str | None = None, version:
     answered = await predictor.predict([grey(level)], 1, asyncio.get_running_loop().time() + 10)
     (answer,) = answered.outcomes
     assert not isinstance(answer, Exception)
-    return f"{answer.best.label} by {predictor.manifest.model}@{predictor.manifest.version}"
+    return f"{answer.best['label']} by {predictor.manifest.model}@{predictor.manifest.version}"
 
 
 def states(registry: Registry) -> dict[str, str]:
