@@ -36,7 +36,7 @@ serve: .venv/runtime
 	$(BIN)/python -m service
 
 test: .venv/dev
-	$(BIN)/pytest --numprocesses auto --ignore tests/e2e
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses auto --ignore tests/e2e  # threads that wait would take others' turns
 	$(BIN)/pytest tests/e2e  # one at a time: they load, measure and interrupt real servers
 
 check: .venv/dev
