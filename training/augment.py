@@ -59,11 +59,11 @@ def random_affine(
     angle, slant = draw[0] * math.radians(degrees), torch.tan(draw[1] * math.radians(shear))
     zoom = 1 / (1 + draw[2] * scale)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    tall = height / width  # places are in halves of either side, which aren't as long as each other
+    aspect = width / height  # places are given in halves of either side
     theta = torch.stack(
         [
-            torch.stack([cos, (cos * slant - sin) * tall, draw[3] * 2 * shift / width], dim=1),
-            torch.stack([sin / tall, sin * slant + cos, draw[4] * 2 * shift / height], dim=1),
+            torch.stack([cos, (cos * slant - sin) / aspect, draw[3] * 2 * shift / width], dim=1),
+            torch.stack([sin * aspect, sin * slant + cos, draw[4] * 2 * shift / height], dim=1),
         ],
         dim=1,
     )  # [N, 2, 3]

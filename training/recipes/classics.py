@@ -96,7 +96,7 @@ DEEP_SIGMOID = Recipe(
     **DIGITS,
 )
 
-# Chapter 6: 5 x 5 convolutions, 60 epochs of batches of 10; his L2 is per 50,000, as above.
+# Chapter 6: 5 x 5 convolutions, 60 epochs of batches of 10.
 NIELSEN_6: dict[str, Any] = DIGITS | {
     "network": "lenet",
     "epochs": 60,
@@ -125,7 +125,8 @@ CONV_2 = Recipe(
     optimizer=SGD(lr=0.1),
     **NIELSEN_6,
 )
-# His rate stays as it is for 60 epochs; one that falls to nothing is there in 20. And more L2 than his 0.1 / 5,000.
+# His rate stays as it is for 60 epochs; one that falls to nothing is there in 20. And more L2 than his, which is 0.1 by
+# the number of batches, 5,000.
 CONV_2_RELU = Recipe(
     name="conv-2-relu",
     summary="The same with rectified linear units and L2.",
