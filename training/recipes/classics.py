@@ -62,7 +62,7 @@ MLP_100 = Recipe(
     published="96 to 97 % (Nielsen, chapter 1)",
     expected_accuracy=0.96,
     # Started as the 30 are, two seeds of four never learned a digit or two (77 and 87 %): large weights keep an output
-    # at 1 or 0, where a quadratic cost has next to no gradient. The book says as much of its own runs.
+    # at 1 or 0, where a quadratic cost has next to no gradient. The book's readers found as much.
     arguments=QUADRATIC | {"widths": [100], "initialization": "scaled normal"},
     **NIELSEN_1,
 )
