@@ -22,6 +22,8 @@ def working_time() -> float:
 def holdable(tell: Callable[[events.Event], None]) -> Iterator[None]:
     """Let SIGTSTP hold what runs in the main thread; SIGTERM and SIGINT end the wait and have their usual effect.
 
+    `tell` is called amid whatever that is, also in the middle of itself: it must write without a buffer.
+
     A shell's Ctrl-Z would hold a process by itself; one whose parent isn't a shell is not stopped by the system, and
     once stopped it couldn't notice that its parent is gone.
     """

@@ -9,20 +9,23 @@ from contextlib import contextmanager
 
 import pytest
 
-# Counts aloud until its standard input ends, and says then how long that took it.
+# Counts aloud until its standard input ends, and says then how long that took it. Like the log of events it writes
+# without a buffer: it may be held in the middle of a line, and `print` can't be called within itself.
 PROGRAM = """
 import select, sys
 from training.hold import holdable, working_time
 
-def tell(event):
-    print(event.event, flush=True)
+out = open(1, "wb", buffering=0)
 
-with holdable(tell):
+def say(word):
+    out.write(f"{word}\\n".encode())
+
+with holdable(lambda event: say(event.event)):
     begun, step = working_time(), 0
     while not select.select([sys.stdin], [], [], 0.02)[0]:
         step += 1
-        print(step, flush=True)
-    print(f"{working_time() - begun:.3f}", flush=True)
+        say(step)
+    say(f"{working_time() - begun:.3f}")
 """
 
 
