@@ -125,7 +125,7 @@ def one(name: str, seed: int) -> Run:
     import torch
 
     from training import datasets, loop
-    from training.devices import choose_device, keep_freed_memory
+    from training.devices import choose_device, in_precision, keep_freed_memory
     from training.evaluate import accuracy, infer
     from training.processors import processors
     from training.recipes import override, recipe
@@ -147,11 +147,11 @@ def one(name: str, seed: int) -> Run:
             watched=False,
             emit=lambda event: first.append(time.perf_counter()) if event.event == "progress" and not first else None,
         )
-    images, labels = data.test.images, data.test.labels
-    single = accuracy(infer(trained.network, images, trained.device, batch=500), labels)
-    views = single
-    if chosen.views != "none":
-        views = accuracy(infer(trained.network, images, trained.device, chosen.views, batch=500), labels)
+    network, images, labels = trained.network.folded(), data.test.images, data.test.labels
+    with in_precision(getattr(torch, trained.arithmetic["precision"]), device):
+        single = views = accuracy(infer(network, images, device, batch=500), labels)
+        if chosen.views != "none":
+            views = accuracy(infer(network, images, device, chosen.views, batch=500), labels)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return Run(single, views, time.perf_counter() - BEGUN, first[0] - BEGUN, memory)
 

@@ -5,6 +5,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,16 +197,9 @@ def finetune(
 def _finetune(folder: Path, options: Any, as_json: bool) -> None:
     from training import finetune as finetuning
     from training import loop, tune
-    from training.display import Display
 
     try:
-        with Display(err) as display:
-
-            def emit(event: Any) -> None:
-                display(event)
-                if as_json:
-                    print(event.model_dump_json(), flush=True)
-
+        with _events(as_json) as emit:
             result = finetuning.execute(folder, options, emit)
     except (loop.Interrupted, KeyboardInterrupt):
         _say(f"stopped. Go on with:\n  {_go_on('finetune', folder, options)}")
@@ -240,20 +235,28 @@ def export(
     _execute(run, options, resume=True, publish=True, as_json=as_json)
 
 
+@contextmanager
+def _events(as_json: bool) -> Iterator[Callable[[Any], None]]:
+    """Shown to people on stderr; to programs, where they ask for it, a line of JSON each on stdout."""
+    from training.display import Display
+
+    with Display(err) as display:
+
+        def emit(event: Any) -> None:
+            display(event)
+            if as_json:
+                print(event.model_dump_json(), flush=True)
+
+        yield emit
+
+
 def _execute(folder: Path, options: Any, *, resume: bool, publish: bool, as_json: bool) -> None:
     from training import loop, ranks, runs
-    from training.display import Display
 
     # Beside the loop, which finishes its step first, both signals stop at once; what is unfinished is cleaned up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Display(err) as display:
-
-            def emit(event: Any) -> None:
-                display(event)
-                if as_json:
-                    print(event.model_dump_json(), flush=True)
-
+        with _events(as_json) as emit:
             published = runs.execute(folder, options, emit, resume=resume, publish=publish)
     except loop.Interrupted as stop:
         _say(f"{stop}; a checkpoint is kept. Go on with:\n  {_go_on('train', folder, options, publish)}")

@@ -47,6 +47,11 @@ def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
     return torch.where(covered.to(images.device), mean, images)
 
 
+def scaled(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """All of each image [N, C, H, W] in a smaller height and width; a pixel is a mean of those that it stands for."""
+    return F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+
+
 def random_affine(
     images: Tensor, *, degrees: float, scale: float, shear: float, shift: float, generator: Generator
 ) -> Tensor:

@@ -33,7 +33,8 @@ Passed = tuple[Tensor, Tensor]  # the batch's mean loss, and how many of it were
 
 
 class Gradient:
-    """Called with a batch, it leaves the gradients of the network's parameters in them. All batches have one shape."""
+    """Called with a batch, it leaves the gradients of the network's parameters in them. Recorded once for each size of
+    images."""
 
     def __init__(
         self,
@@ -47,15 +48,15 @@ class Gradient:
         """The loss is multiplied by `scale` before it is differentiated."""
         self._network, self._recipe, self._scale = network, recipe, scale
         self._precision, self._device, self._record = precision, device, record
-        self._recorded: tuple[Batch, Recorded[Passed]] | None = None  # from the batch that it reads, copied there
+        self._recorded: dict[torch.Size, tuple[Batch, Recorded[Passed]]] = {}  # with the batch that it reads
 
     def __call__(self, batch: Batch) -> Passed:
         if self._record is None:
             return self._pass(batch)
-        if self._recorded is None:
-            place = batch.clone()
-            self._recorded = place, Recorded(lambda: self._pass(place), self._record)
-        place, passed = self._recorded
+        if (size := batch.images.shape) not in self._recorded:
+            own = batch.clone()
+            self._recorded[size] = own, Recorded(lambda: self._pass(own), self._record)
+        place, passed = self._recorded[size]
         place.copy_(batch)
         return passed()
 

@@ -102,7 +102,7 @@ def train(
         torch.cuda.set_device(device)  # where steps are recorded
     fitted, held = holdout(dataset.train, recipe.holdout)
     batches = Batches(fitted, recipe, seed, device, lessons, ranks)
-    steps = max(1, round(recipe.epochs * batches.per_epoch))
+    steps = batches.steps
     scale = batches.size if isinstance(recipe.optimizer, Muon) else 1  # Muon's rates are per example
     precision = torch.float32 if recipe.precision == "float32" else training_precision(device)
 
@@ -182,6 +182,7 @@ class Batches:
         self.size = min(recipe.batch_size, len(split))
         self.strangers = _drawn(recipe, seed).to(device)  # [D, C, H, W]
         self.per_epoch = len(split) // self.size
+        self.steps = max(1, round(recipe.epochs * self.per_epoch))
         self._mirrored_first = torch.rand(len(split), generator=generator(seed, "mirror")) < 0.5  # [N]
         self._order = self._epoch_order(0)
 
@@ -210,6 +211,8 @@ class Batches:
         if recipe.strangers:
             strange = torch.randint(len(self.strangers), (round(recipe.strangers * len(index)),), generator=random)
             images = torch.cat([images.float(), self.strangers[strange.to(self.device)].float()])
+        if step < recipe.smaller.share * self.steps:
+            images = augment.scaled(images, recipe.smaller.size(*images.shape[2:]))
         taught = None if self.lessons is None else self.lessons.of(index, mirrored, down, right).to(self.device)
         return Batch(images.to(memory_format=torch.channels_last), self.labels[here], taught)
 

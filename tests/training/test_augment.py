@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from training import augment
-from training.augment import cutout, mirror, move, random_affine, random_shifts, trivial
+from training.augment import cutout, mirror, move, random_affine, random_shifts, scaled, trivial
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -51,6 +51,16 @@ def test_a_shifted_picture_moves_as_a_whole() -> None:
     moved = shifted(coordinates(20, 9, 14), 2, seeded())
     assert torch.equal(moved[:, 0], moved[:, 0, :, :1].expand(-1, -1, 14))
     assert torch.equal(moved[:, 1], moved[:, 1, :1].expand(-1, 9, -1))
+
+
+def test_smaller_pictures_show_all_of_the_picture_and_no_pattern_that_is_not_in_it() -> None:
+    images = coordinates(2, 9, 14)
+    smaller = scaled(images, (4, 7))
+    assert smaller.shape == (2, 2, 4, 7)
+    assert torch.allclose(smaller.mean((2, 3)), images.float().mean((2, 3)), atol=0.01)
+    lattice = 255 * ((torch.arange(24)[:, None] + torch.arange(24)) % 2).expand(1, 1, -1, -1)
+    grey = torch.full((1, 1, 12, 12), 127.5)
+    assert torch.allclose(scaled(lattice, (12, 12)), grey, atol=3)  # not black, as every other pixel is
 
 
 def test_pictures_move_by_as_much_as_is_said_down_and_to_the_right() -> None:

@@ -16,7 +16,7 @@ from training.graph import WARM_UP
 from training.loop import Batches, new_network
 from training.networks import Network
 from training.optimizers import Muon
-from training.recipes import Affine, Recipe, Teacher
+from training.recipes import Affine, Recipe, Smaller, Teacher
 
 CPU = torch.device("cpu")
 TAUGHT = TINY.model_copy(update={"teacher": Teacher(recipe="tiny", temperature=2, share=0.5), "strangers": 0.25})
@@ -75,6 +75,22 @@ def test_a_replayed_pass_leaves_what_a_plain_one_does(recipe: Recipe) -> None:
     assert (recorder.recordings, recorder.replays) == (1, 4)
 
 
+def test_batches_of_another_size_have_a_recording_of_their_own() -> None:
+    recipe = TINY.model_copy(update={"smaller": Smaller(share=0.5, scale=0.5)})
+    made = Batches(squares().train, recipe, 0, CPU)
+    at = [made.at(step) for step in (0, 1, 2, made.steps - 1) * (WARM_UP + 1)]
+    assert len({batch.images.shape for batch in at}) == 2
+    plain, replayed = (new_network(recipe, squares()).train() for _ in range(2))
+    replayed.load_state_dict(plain.state_dict())
+    recorder = ByHand()
+    expected = Gradient(plain, recipe, 16, torch.float32, CPU, None)
+    found = Gradient(replayed, recipe, 16, torch.float32, CPU, recorder)
+    for batch in at:
+        assert [value.item() for value in found(batch)] == [value.item() for value in expected(batch)]
+        assert all(torch.equal(one, left_in(plain)[name]) for name, one in left_in(replayed).items())
+    assert (recorder.recordings, recorder.replays) == (2, 2 * WARM_UP + 4)
+
+
 def test_a_batch_that_was_given_is_not_written_over() -> None:
     gradient = Gradient(new_network(TINY, squares()).train(), TINY, 1, torch.float32, CPU, ByHand())
     at = batches(TINY)
@@ -106,6 +122,7 @@ def test_on_a_gpu_nothing_of_a_step_stays_behind_on_the_cpu() -> None:
         "flip": True,
         "shift": 2,
         "cutout": 4,
+        "smaller": Smaller(share=0.9, scale=0.5),
         "affine": Affine(degrees=10, scale=0.1, shear=5, shift=1),
     }
     recipe, cuda = TINY.model_copy(update=shaken), torch.device("cuda", 0)

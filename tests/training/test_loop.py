@@ -17,12 +17,13 @@ from torch import Tensor
 
 from tests.tiny import TINY, as_settings, squares, write_class_folders
 from training import checkpoint, events, runs
+from training.augment import scaled
 from training.checkpoint import CheckpointError
 from training.datasets import Dataset, Split
 from training.drawings import drawn_images
 from training.evaluate import accuracy, infer
 from training.loop import CHECKPOINT, Batches, Diverged, Emit, Interrupted, Trained, generator, train
-from training.recipes import SGD, Affine, Recipe, override
+from training.recipes import SGD, Affine, Recipe, Smaller, override
 
 CPU = torch.device("cpu")
 STEPS = 16  # of TINY on squares(): 64 pictures, 16 a batch, 4 epochs
@@ -249,6 +250,19 @@ def test_each_picture_is_seen_both_ways_in_any_two_epochs() -> None:
         mirrored[step // 4, batch.labels] = (batch.images == split.images[batch.labels].flip(3)).all(dim=(1, 2, 3))
     assert torch.equal(mirrored[0], ~mirrored[1])
     assert 10 < mirrored[0].sum() < 54
+
+
+def test_a_run_begins_with_smaller_pictures_strangers_among_them() -> None:
+    recipe = TINY.model_copy(update={"epochs": 2, "smaller": Smaller(share=0.4, scale=0.75), "strangers": 0.25})
+    batches = Batches(squares().train, recipe, 0, CPU)
+    plain = Batches(squares().train, recipe.model_copy(update={"smaller": Smaller()}), 0, CPU)
+    sizes = [batches.at(step).images.shape[2:] for step in range(batches.steps)]
+    small = math.ceil(0.4 * batches.steps)
+    assert sizes == [(9, 9)] * small + [(12, 12)] * (batches.steps - small)
+    for step in (0, batches.steps - 1):
+        assert batches.at(step).labels.tolist() == plain.at(step).labels.tolist()
+    assert torch.equal(batches.at(small).images, plain.at(small).images)
+    assert torch.equal(batches.at(0).images, scaled(plain.at(0).images, (9, 9)))
 
 
 def test_a_data_set_smaller_than_a_batch_is_one_batch() -> None:

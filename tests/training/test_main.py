@@ -218,6 +218,11 @@ def test_a_second_version_says_how_to_let_it_answer(safelight: Safelight, data: 
             f"network convnet with {RECIPES['cifar10'].arguments} can't be built: stem_width is 24; patches have only "
             "8 directions to whiten along",
         ),
+        (
+            ["mlp-30", "--set", "smaller.share=0.5", "--set", "smaller.scale=0.75"],
+            f"network perceptron with {RECIPES['mlp-30'].arguments} can't be built: mat1 and mat2 shapes cannot be "
+            "multiplied (1x441 and 784x30)",
+        ),
         (["mnist", "--device", "tpu"], "device 'tpu' isn't available here; there is {devices}, or auto"),
         (["--resume", "nowhere"], "nowhere holds no run: there is no run.json in it"),
     ],

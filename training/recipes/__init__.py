@@ -7,6 +7,7 @@ from training.recipes.recipe import Affine as Affine
 from training.recipes.recipe import Muon as Muon
 from training.recipes.recipe import Recipe as Recipe
 from training.recipes.recipe import RecipeInvalid as RecipeInvalid
+from training.recipes.recipe import Smaller as Smaller
 from training.recipes.recipe import Teacher as Teacher
 from training.recipes.recipe import override as override
 from training.recipes.records import RECORDS
