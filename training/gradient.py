@@ -54,11 +54,13 @@ class Gradient:
         if self._record is None:
             return self._pass(batch)
         if (size := batch.images.shape) not in self._recorded:
-            own = batch.clone()
-            self._recorded[size] = own, Recorded(lambda: self._pass(own), self._record)
+            self._recorded[size] = self._reading(batch.clone())
         place, passed = self._recorded[size]
         place.copy_(batch)
         return passed()
+
+    def _reading(self, place: Batch) -> tuple[Batch, Recorded[Passed]]:
+        return place, Recorded(lambda: self._pass(place), self._record)
 
     def _pass(self, batch: Batch) -> Passed:
         self._network.zero_grad(set_to_none=True)  # so that a recording writes gradients, and doesn't add to them

@@ -33,7 +33,7 @@ def cost(recipe: Recipe) -> tuple[int, int]:
     try:
         network = build(recipe.network, recipe.arguments | {"channels": recipe.input.channels, "classes": 10})
         if recipe.smaller.share:  # it must take those too
-            macs(network, (recipe.input.channels, *recipe.smaller.size(recipe.input.height, recipe.input.width)))
+            macs(network, (recipe.input.channels, *recipe.smaller.size(*recipe.input.shape[1:])))
         return parameters(network), macs(network, recipe.input.shape)
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
