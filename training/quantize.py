@@ -11,6 +11,7 @@ the figures of all three).
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -35,6 +36,14 @@ SAMPLED = 30_000  # values of them for each layer; from 32,768 torch shares the 
 DRAWN_WEIGHT = 0.003  # of a golden picture's error, where a real one's counts 1
 CUTS = np.linspace(0.06, 1.0, 48)  # of the largest value: what lies above is cut off
 MAX_BYTE = 255
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What went into a convolution."""
+
+    values: Tensor  # [S], some of them, with the largest and smallest of all
+    means: Tensor  # [I], of each channel
 
 
 def int8_form(
@@ -85,30 +94,33 @@ def convolutions(network: Network) -> list[nn.Conv2d]:
 
 
 @torch.inference_mode()
-def inputs(folded: Network, images: Tensor) -> list[Tensor]:
-    """A sample of the values that each convolution takes in, and the largest and smallest of all: [L][S]."""
-    found: list[list[Tensor]] = []
+def inputs(folded: Network, images: Tensor) -> list[Seen]:
+    """What each convolution takes in, in the order of the graph."""
+    found: list[Seen] = []
 
     def see(_: nn.Module, given: tuple[Tensor]) -> None:
         values = given[0].flatten()
         step = -(-len(values) // SAMPLED) | 1  # odd, so that it doesn't fall in step with the rows
-        found.append([values[::step], values.amin()[None], values.amax()[None]])
+        some = torch.cat([values[::step], values.amin()[None], values.amax()[None]])
+        found.append(Seen(some.cpu(), given[0].mean((0, 2, 3)).cpu()))
 
     hooks = [convolution.register_forward_pre_hook(see) for convolution in convolutions(folded)]
     infer(folded, images, next(folded.parameters()).device, batch=len(images))
     for hook in hooks:
         hook.remove()
-    return [torch.cat(values).cpu() for values in found]
+    return found
 
 
-def choose_ranges(real: Sequence[Tensor], drawn: Sequence[Tensor]) -> Ranges:
+def choose_ranges(real: Sequence[Seen], drawn: Sequence[Seen]) -> Ranges:
     """For each layer the range with the least squared error, of real values and, with little weight, of drawn ones.
 
     A byte has 256 steps: a wide range makes them coarse, a narrow one cuts off large values.
     """
-    chosen = [min(_ranges(*values), key=lambda one: _error(one, *values)) for values in zip(real, drawn, strict=True)]
+    layers = [(photographed.values, painted.values) for photographed, painted in zip(real, drawn, strict=True)]
+    chosen = [min(_ranges(*values), key=lambda one: _error(one, *values)) for values in layers]
     scales, zeros = zip(*chosen, strict=True) if chosen else ((), ())
-    return Ranges(np.array(scales, np.float32), np.array(zeros, np.uint8))
+    means = tuple(one.means.numpy() for one in real)
+    return Ranges(np.array(scales, np.float32), np.array(zeros, np.uint8), means)
 
 
 def _ranges(*values: Tensor) -> list[tuple[float, int]]:
@@ -130,9 +142,10 @@ def _error(one: tuple[float, int], real: Tensor, drawn: Tensor) -> float:
 def simulated(folded: Network, ranges: Ranges) -> Network:
     """A copy of a folded network that rounds as int8 does, though it computes in float32."""
     copy = deepcopy(folded)
-    for convolution, scale, zero in zip(convolutions(copy), ranges.scales.tolist(), ranges.zeros.tolist(), strict=True):
+    layers = zip(convolutions(copy), ranges.scales.tolist(), ranges.zeros.tolist(), ranges.means, strict=True)
+    for convolution, scale, zero, means in layers:
         weight = convolution.weight.data
-        weight.copy_(torch.from_numpy(rounded_weights(weight.cpu().numpy())))
+        weight.copy_(torch.from_numpy(rounded_weights(weight.cpu().numpy(), means)))
         convolution.register_forward_pre_hook(partial(_round_input, scale=scale, zero=zero))
     return copy
 

@@ -243,13 +243,13 @@ def _candidates(
 ) -> Iterator[tuple[str, Make]]:
     """Every way to run a module on this device, by name, but for TorchScript's float32 on the CPU, which is the last
     resort."""
-    lower, capabilities = precision == "auto", torch.cpu.get_capabilities()
+    lower = precision == "auto"
     if device.type != "cpu":
         yield TORCHSCRIPT_F32, lambda _: _torch_runner(_read_module(path), device, torch.float32)
         if lower:
             yield "torchscript float16", lambda _: _torch_runner(_read_module(path), device, torch.float16)
         return
-    amx = lower and capabilities.get("amx_bf16", False)
+    amx = lower and torch.cpu.get_capabilities().get("amx_bf16", False)
     if amx:
         yield "torchscript bfloat16", lambda _: _torch_runner(_read_module(path), device, torch.bfloat16)
     if not _has_openvino():
@@ -258,8 +258,9 @@ def _candidates(
     yield OPENVINO_F32, lambda threads: _openvino_runner(graph(), threads, "f32")
     if amx:  # without its tiles bf16 is slower than f32
         yield "openvino bf16", lambda threads: _openvino_runner(graph(), threads, "bf16")
-    if lower and int8 and (capabilities.get("avx512_vnni", False) or capabilities.get("avx_vnni", False)):
-        yield OPENVINO_INT8, lambda threads: _openvino_runner(graph(), threads, "f32", int8.ranges)
+    if lower and int8:
+        on_bytes = cache(lambda: _quantized(graph(), int8.ranges))
+        yield OPENVINO_INT8, lambda threads: _openvino_runner(on_bytes(), threads, "f32")
 
 
 # --- TorchScript ------------------------------------------------------------------------------------------------------
@@ -315,8 +316,8 @@ def _has_openvino() -> bool:
     return True
 
 
-def _openvino_runner(graph: Any, threads: int, precision: str, ranges: Ranges | None = None) -> Runner:
-    request = _compiled(graph, threads, precision, ranges).create_infer_request()
+def _openvino_runner(graph: Any, threads: int, precision: str) -> Runner:
+    request = _compiled(graph, threads, precision).create_infer_request()
 
     def run(images: Images) -> Logits:
         request.infer({0: images}, share_inputs=True)
@@ -346,12 +347,8 @@ def _openvino_graph(path: Path, shape: tuple[int, int, int]) -> Any:
     return model
 
 
-def _compiled(graph: Any, threads: int, precision: str, ranges: Ranges | None) -> Any:
-    """With `ranges` for its convolutions' inputs, these run in int8 and the rest in `precision`."""
-    model = graph.clone()
-    if ranges is not None:
-        _quantize(model, ranges)
-        model.validate_nodes_and_infer_types()
+def _compiled(graph: Any, threads: int, precision: str) -> Any:
+    """What works on bytes does so whatever the `precision` is."""
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads,
@@ -359,7 +356,7 @@ def _compiled(graph: Any, threads: int, precision: str, ranges: Ranges | None) -
         # Each process pins to the first processors that it may use: several, with a part each, would share those.
         "ENABLE_CPU_PINNING": threads >= allowed_processors(),
     }
-    return _openvino_core().compile_model(model, "CPU", options)
+    return _openvino_core().compile_model(graph, "CPU", options)
 
 
 @cache
@@ -393,8 +390,8 @@ def _move_biases_behind_pools(model: Any) -> None:
             user.replace_source_output(shifted.output(0))
 
 
-def _quantize(model: Any, ranges: Ranges) -> None:
-    """Round what goes into the last convolutions, one for each range; the compiler then computes them on bytes.
+def _quantized(graph: Any, ranges: Ranges) -> Any:
+    """A copy that rounds what goes into the last convolutions, one for each range; the compiler computes them on bytes.
 
     What else takes it in gets it rounded too. The largest of rounded values is the largest one rounded: what goes into
     a maximum is rounded already, so that the convolution above writes bytes. Weights are rounded here, and once more to
@@ -406,11 +403,13 @@ def _quantize(model: Any, ranges: Ranges) -> None:
         bounds = opset13.constant(low), opset13.constant(high)
         return opset13.fake_quantize(values, *bounds, *bounds, levels).output(0)
 
+    model = graph.clone()
     convolutions = [node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"]
     if not 0 < len(ranges) <= len(convolutions):
         raise ValueError(f"there are {len(convolutions)} convolutions and {len(ranges)} ranges")
     convolutions = convolutions[-len(ranges) :]
-    for node, scale, zero in zip(convolutions, ranges.scales, ranges.zeros.astype(np.float32), strict=True):
+    layers = zip(convolutions, ranges.scales, ranges.zeros.astype(np.float32), ranges.means, strict=True)
+    for node, scale, zero, means in layers:
         x, weights = node.input_values()
         if x.get_node().get_type_name() == "MaxPool":
             x = x.get_node().input_value(0)
@@ -420,5 +419,7 @@ def _quantize(model: Any, ranges: Ranges) -> None:
             user.replace_source_output(as_bytes)
         floats = weights.get_node().data
         largest = largest_weights(floats)
-        steps = opset13.constant(rounded_weights(floats))
+        steps = opset13.constant(rounded_weights(floats, means))
         node.input(1).replace_source_output(rounded(steps, -largest, largest, 255))
+    model.validate_nodes_and_infer_types()
+    return model

@@ -3,10 +3,14 @@
 Weights need nothing here: `rounded_weights` makes the same of them wherever they are. What can't be derived is which
 values the activations take; that was seen at export, on pictures. A bundle without this file runs in float32, as it
 always did.
+
+All processors give the same sums of bytes. Those without VNNI instructions add the products of two neighbouring input
+channels in 16 bits, and cut off what doesn't fit; weights are rounded so that nothing ever is.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +73,7 @@ class Ranges:
 
     scales: NDArray[np.float32]  # [L]
     zeros: NDArray[np.uint8]  # [L], the byte that stands for 0
+    means: tuple[NDArray[np.float32], ...]  # [L][I], of each input channel
 
     def __len__(self) -> int:
         return len(self.scales)
@@ -82,48 +87,83 @@ class Int8:
 
 
 def largest_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each output channel of a convolution [O, I, H, W], and what MAX_WEIGHT stands for there: [O, 1, 1, 1]."""
-    return np.abs(weights).max((1, 2, 3), keepdims=True).clip(1e-12)
+    """What MAX_WEIGHT stands for in each output channel of a convolution [O, I, H, W]: [O, 1, 1, 1].
 
-
-def rounded_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A convolution's weights [O, I, H, W] as bytes can hold them: 255 steps between plus and minus the largest.
-
-    Each becomes one of the two steps beside it, the nearer one unless the kernel's sum [O, I] would be more than half a
-    step off. What a kernel looks at is mostly smooth, so the sum of its errors counts for more than each of them.
+    That is the largest weight, or the largest sum of the two that neighbouring input channels have in one place. So two
+    rounded weights come to 128 at most, and with two bytes of input to 255 * 128, which 16 bits hold.
     """
+    padded = np.pad(weights, ((0, 0), (0, weights.shape[1] % 2), (0, 0), (0, 0)))
+    pairs = padded[:, 0::2] + padded[:, 1::2]  # [O, I / 2, H, W]
+    largest = [np.abs(values).max((1, 2, 3), keepdims=True) for values in (weights, pairs)]
+    return np.maximum(*largest).clip(1e-12)
+
+
+def rounded_weights(weights: NDArray[np.float32], means: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A convolution's weights [O, I, H, W] as bytes can hold them: 255 steps between plus and minus `largest_weights`.
+
+    Each becomes one of the two steps beside it, so that an output's mean is kept, for inputs whose channels have
+    `means` [I]. What a kernel looks at is mostly smooth: what counts is the sum of its errors, times that mean. Kernel
+    by kernel, from the largest mean on, a sum is rounded to the side that makes up for those before. Raises ValueError
+    where there aren't as many means as input channels.
+    """
+    if len(means) != weights.shape[1]:
+        raise ValueError(f"there are {weights.shape[1]} input channels and {len(means)} means")
     scales = largest_weights(weights).astype(np.float64) / MAX_WEIGHT
     steps = (weights / scales).reshape(*weights.shape[:2], -1)  # [O, I, H * W]
     below = np.floor(steps)
     remainders = steps - below
-    up = np.round(remainders.sum(2, keepdims=True))  # so many of a kernel's, those with the largest remainders
-    rank = np.argsort(np.argsort(-remainders, axis=2, kind="stable"), axis=2)
-    kept = np.clip(below + (rank < up), -MAX_WEIGHT, MAX_WEIGHT).reshape(weights.shape)
+    sums = remainders.sum(2)  # [O, I]
+    up = np.empty_like(sums)  # so many of a kernel's, those with the largest remainders
+    owed = np.zeros(len(weights))  # [O], of the output's mean
+    for channel in np.argsort(-np.abs(means), kind="stable"):
+        exact, mean = sums[:, channel], float(means[channel])
+        wanted = exact + owed / mean if mean else exact
+        up[:, channel] = np.clip(np.round(wanted), np.floor(exact), np.ceil(exact))
+        owed += mean * (exact - up[:, channel])
+    largest_first = np.argsort(-remainders, axis=2, kind="stable")
+    raised = np.empty_like(remainders)
+    np.put_along_axis(raised, largest_first, np.arange(steps.shape[2]) < up[:, :, None], axis=2)
+    kept = (below + raised).clip(-MAX_WEIGHT, MAX_WEIGHT).reshape(weights.shape)
     return (kept * scales).astype(np.float32)
 
 
 def write_int8(path: Path, int8: Int8) -> None:
-    tensors = asdict(int8.ranges) | {"logits": int8.logits}
+    ranges = int8.ranges
+    tensors: dict[str, NDArray[Any]] = {"scales": ranges.scales, "zeros": ranges.zeros, "logits": int8.logits}
+    tensors |= {_means(layer): means for layer, means in enumerate(ranges.means)}
     path.write_bytes(serialize(tensors, {"figures": int8.figures.model_dump_json()}))
 
 
 def read_int8(path: Path) -> Int8 | None:
-    """None where the bundle has no such file. Raises Int8Malformed."""
+    """None where the bundle has no such file, or one from before weights were rounded by `means`. Raises
+    Int8Malformed."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="np") as file:
-            scales, zeros, logits = (file.get_tensor(name) for name in ("scales", "zeros", "logits"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
             figures = Figures.model_validate_json((file.metadata() or {}).get("figures", ""))
-    except (SafetensorError, ValidationError, OSError) as error:
+        scales, zeros, logits = (tensors.pop(name) for name in ("scales", "zeros", "logits"))
+    except (SafetensorError, ValidationError, OSError, KeyError) as error:
         raise Int8Malformed(f"{INT8} can't be read: {error}") from error
     if scales.dtype != np.float32 or zeros.dtype != np.uint8 or scales.shape != zeros.shape or scales.ndim != 1:
         raise Int8Malformed(f"{INT8}: scales are {scales.dtype} {scales.shape}, zeros {zeros.dtype} {zeros.shape}")
     if logits.dtype != np.float32 or logits.ndim != 2 or not logits.size:
         raise Int8Malformed(f"{INT8}: logits are {logits.dtype} {logits.shape}")
-    if not (np.isfinite(scales) & (scales > 0)).all() or not np.isfinite(logits).all():
+    if not tensors and len(scales):
+        return None
+    names = [_means(layer) for layer in range(len(scales))]
+    if set(tensors) != set(names) or any(one.dtype != np.float32 or one.ndim != 1 for one in tensors.values()):
+        found = {name: f"{one.dtype} {one.shape}" for name, one in tensors.items()}
+        raise Int8Malformed(f"{INT8}: beside {len(scales)} scales there are {found}")
+    means = tuple(tensors[name] for name in names)
+    if not (scales > 0).all() or not all(np.isfinite(numbers).all() for numbers in (scales, logits, *means)):
         raise Int8Malformed(f"{INT8}: scales must be above 0, and all numbers finite")
-    return Int8(Ranges(scales, zeros), logits, figures)
+    return Int8(Ranges(scales, zeros, means), logits, figures)
+
+
+def _means(layer: int) -> str:
+    return f"means.{layer}"
 
 
 def deviation(reference: Logits, candidate: Logits) -> float:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from training.bundle.store import BundleRef, file_facts
 from training.datasets import Split
 from training.networks.convnet import Activation, ConvNet
 from training.processors import allowed_processors
-from training.quantize import quantize
+from training.quantize import golden_logits, quantize
 
 CPU = torch.device("cpu")
 
@@ -139,18 +140,21 @@ SILU = {"activation": "silu"}
 RELU6 = {"activation": "relu6", "convolutions": 3}  # never falls, and what goes into a group goes around its last two
 
 
-@pytest.fixture
-def quantized(tmp_path: Path, request: pytest.FixtureRequest) -> BundleRef:
-    """A bundle of a small network with an int8 form, on a processor that has the instructions for it."""
-    pytest.importorskip("openvino", reason="has wheels for x86 only")
-    if not torch.cpu.get_capabilities().get("avx512_vnni", False):
-        pytest.skip("int8 needs a processor with VNNI")
+def built(arguments: dict[str, Any]) -> tuple[ConvNet, torch.Tensor]:
+    """A small network, and the pictures that it begins from."""
     pixels = torch.randint(256, (64, *SPEC.shape), dtype=torch.uint8, generator=torch.manual_seed(0))
-    arguments = getattr(request, "param", SILU)
     network = ConvNet(channels=1, classes=16, widths=[16, 16], stem_width=8, stem_kernel=3, **arguments)
     network.initialize(pixels)
+    return network.eval(), pixels
+
+
+@pytest.fixture
+def quantized(tmp_path: Path, request: pytest.FixtureRequest) -> BundleRef:
+    """A bundle of a small network with an int8 form."""
+    pytest.importorskip("openvino", reason="has wheels for x86 only")
+    network, pixels = built(getattr(request, "param", SILU))
     with pytest.warns(Warning, match="torch.jit.trace"):
-        ref = make_bundle(tmp_path, module=torch.jit.trace(network.eval().folded(), pixels))
+        ref = make_bundle(tmp_path, module=torch.jit.trace(network.folded(), pixels))
     folder = ref.path(tmp_path)
     golden = torch.from_numpy(read_golden(folder / GOLDEN, store.read_manifest(tmp_path, ref)).images)
     checked = Split(pixels, torch.zeros(64, dtype=torch.int64))
@@ -176,7 +180,8 @@ def test_int8_answers_what_its_exporter_saw(tmp_path: Path, quantized: BundleRef
     folder, manifest = quantized.path(tmp_path), store.read_manifest(tmp_path, quantized)
     int8 = read_int8(folder / INT8)
     assert int8 is not None
-    run = engine._openvino_runner(engine._openvino_graph(folder / MODULE, SPEC.shape), 1, "f32", int8.ranges)
+    graph = engine._quantized(engine._openvino_graph(folder / MODULE, SPEC.shape), int8.ranges)
+    run = engine._openvino_runner(graph, 1, "f32")
     found = run(read_golden(folder / GOLDEN, manifest).images)
     assert deviation(int8.logits, found) < MAX_DEVIATION
     assert timing_of(load(tmp_path, quantized)).refused is None
@@ -193,8 +198,8 @@ def test_convolutions_after_the_first_run_on_bytes_and_where_an_activation_never
     folder = quantized.path(tmp_path)
     int8 = read_int8(folder / INT8)
     assert int8 is not None
-    graph = engine._openvino_graph(folder / MODULE, SPEC.shape)
-    compiled = engine._compiled(graph, 1, "f32", int8.ranges).get_runtime_model()
+    graph = engine._quantized(engine._openvino_graph(folder / MODULE, SPEC.shape), int8.ranges)
+    compiled = engine._compiled(graph, 1, "f32").get_runtime_model()
     facts = [node.get_rt_info() for node in compiled.get_ordered_ops()]
     ways = [(fact["layerType"].value, fact["runtimePrecision"].value) for fact in facts]
     assert [way for layer, way in ways if layer == "Convolution"] == convolutions
@@ -204,7 +209,7 @@ def test_convolutions_after_the_first_run_on_bytes_and_where_an_activation_never
 def test_threads_are_pinned_only_where_the_engine_has_all_processors(tmp_path: Path, quantized: BundleRef) -> None:
     graph = engine._openvino_graph(quantized.path(tmp_path) / MODULE, SPEC.shape)
     for threads, pinned in [(allowed_processors(), True), (allowed_processors() - 1, allowed_processors() == 1)]:
-        model = engine._compiled(graph, max(1, threads), "f32", None)
+        model = engine._compiled(graph, max(1, threads), "f32")
         assert model.get_property("INFERENCE_NUM_THREADS") == max(1, threads)
         assert model.get_property("ENABLE_CPU_PINNING") is pinned
 
@@ -214,7 +219,9 @@ def test_with_fewer_threads_the_answers_are_the_same_bytes(tmp_path: Path, quant
     folder = quantized.path(tmp_path)
     graph, found = engine._openvino_graph(folder / MODULE, SPEC.shape), read_int8(folder / INT8)
     assert found is not None
-    one, two = (engine._openvino_runner(graph, threads, "f32", found.ranges if int8 else None) for threads in (1, 2))
+    if int8:
+        graph = engine._quantized(graph, found.ranges)
+    one, two = (engine._openvino_runner(graph, threads, "f32") for threads in (1, 2))
     images = read_golden(folder / GOLDEN, store.read_manifest(tmp_path, quantized)).images
     for size in (1, 2, 31, 256):
         assert one(images[:size]).tobytes() == two(images[:size]).tobytes()
@@ -292,8 +299,32 @@ def test_ranges_other_than_those_that_were_measured_are_refused(tmp_path: Path, 
 
 def test_ranges_for_another_number_of_convolutions_are_passed_over(tmp_path: Path, quantized: BundleRef) -> None:
     folder = quantized.path(tmp_path)
-    rewrite(folder, ranges=Ranges(np.ones(6, np.float32), np.zeros(6, np.uint8)))
+    six = Ranges(np.ones(6, np.float32), np.zeros(6, np.uint8), (np.ones(16, np.float32),) * 6)
+    rewrite(folder, ranges=six)
     assert "openvino int8" not in [timing.name for timing in load(tmp_path, quantized).timings]
+
+
+def test_means_for_another_number_of_channels_are_passed_over(tmp_path: Path, quantized: BundleRef) -> None:
+    folder = quantized.path(tmp_path)
+    int8 = read_int8(folder / INT8)
+    assert int8 is not None
+    rewrite(folder, ranges=replace(int8.ranges, means=tuple(means[1:] for means in int8.ranges.means)))
+    assert "openvino int8" not in [timing.name for timing in load(tmp_path, quantized).timings]
+
+
+def test_the_largest_weights_times_the_largest_inputs_are_summed_whole(tmp_path: Path) -> None:
+    """Processors without VNNI instructions add two products in 16 bits, which hold no more than 255 * 128."""
+    pytest.importorskip("openvino", reason="has wheels for x86 only")
+    network, pixels = built(SILU)
+    network.groups[0].conv1.weight.data.fill_(0.01)
+    with pytest.warns(Warning, match="torch.jit.trace"):
+        ref = make_bundle(tmp_path, module=torch.jit.trace(network.folded(), pixels))
+    ranges = quantize(network, pixels, Split(pixels, torch.zeros(64, dtype=torch.int64)), pixels, 1.0).ranges
+    narrow = ranges.scales / np.array([4, 1, 1, 1], np.float32)  # so a tenth of what goes into the first is cut off
+    ranges = replace(ranges, scales=narrow)
+    graph = engine._quantized(engine._openvino_graph(ref.path(tmp_path) / MODULE, SPEC.shape), ranges)
+    found = engine._openvino_runner(graph, 1, "f32")(pixels.numpy())
+    assert deviation(golden_logits(network.folded(), ranges, pixels), found) < MAX_DEVIATION
 
 
 def test_an_int8_form_that_costs_too_much_is_refused(tmp_path: Path, quantized: BundleRef) -> None:
@@ -338,6 +369,7 @@ DROPPED_ELSEWHERE = """
 import gc, os, signal, sys, threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 import torch
 from service.inference import engine
 from training.bundle import store
