@@ -87,7 +87,10 @@ def verify(ref: BundleRef, artifacts: Path) -> None:
             raise GoldenMismatch(f"{name} misses the golden logits by {agreement.logit_difference:.1e}")
     if (int8 := read_int8(folder / INT8)) is not None:
         images = torch.from_numpy(golden.images[: len(int8.logits)])
-        found = deviation(int8.logits, golden_logits(network.folded(), int8.ranges, images))
+        try:
+            found = deviation(int8.logits, golden_logits(network.folded(), int8.ranges, images))
+        except ValueError as error:  # there are more layers or channels, or fewer
+            raise GoldenMismatch(f"{INT8} is of another network: {error}") from error
         if found > MAX_DEVIATION:
             raise GoldenMismatch(f"{INT8} deviates from its golden logits by {found:.4f}")
 

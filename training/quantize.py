@@ -66,7 +66,8 @@ def quantize(network: Network, images: Tensor, checked: Split, golden: Tensor, t
     """Choose ranges by pictures [N, C, H, W] and measure the int8 form on others; `golden` are the golden images."""
     device = next(network.parameters()).device
     golden = golden[:DRAWN]
-    folded = deepcopy(network).float().folded()
+    # Folded where the exporter folds, for `rounded_weights` asks for the very bits of the module's weights.
+    folded = deepcopy(network).cpu().float().folded().to(device)
     some = images[:: max(1, len(images) // SEEN)][:SEEN]  # from all over: data sets may be sorted by class
     ranges = choose_ranges(inputs(folded, some), inputs(folded, golden))
     rounded = simulated(folded, ranges)
@@ -116,10 +117,10 @@ def choose_ranges(real: Sequence[Seen], drawn: Sequence[Seen]) -> Ranges:
 
     A byte has 256 steps: a wide range makes them coarse, a narrow one cuts off large values.
     """
-    layers = [(photographed.values, painted.values) for photographed, painted in zip(real, drawn, strict=True)]
-    chosen = [min(_ranges(*values), key=lambda one: _error(one, *values)) for values in layers]
+    layers = [(one.values, other.values) for one, other in zip(real, drawn, strict=True)]
+    chosen = [min(_ranges(*values), key=lambda range_: _error(range_, *values)) for values in layers]
     scales, zeros = zip(*chosen, strict=True) if chosen else ((), ())
-    means = tuple(one.means.numpy() for one in real)
+    means = tuple(one.means.numpy() for one in real)  # drawn ones are nothing that a network will be asked about
     return Ranges(np.array(scales, np.float32), np.array(zeros, np.uint8), means)
 
 

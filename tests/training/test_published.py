@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from training import SafelightError, published
 from training.bundle import store
 from training.bundle.golden import GoldenMismatch
 from training.bundle.images import FORMATS
+from training.bundle.int8 import INT8, read_int8, write_int8
 from training.bundle.manifest import CHECKPOINT, GOLDEN, MANIFEST, MODULE, BundleError, ManifestInvalid
 from training.bundle.store import BundleRef, DigestMismatch, FileMalformed, FileMissing
 from training.layout import DatasetError
@@ -60,6 +62,13 @@ def change_weights(bundle: Path, by: float) -> None:
     save_file(weights | {"head.weight": weights["head.weight"] + by}, bundle / CHECKPOINT)
 
 
+def change_means(bundle: Path) -> None:
+    int8 = read_int8(bundle / INT8)
+    assert int8 is not None
+    fewer = tuple(means[1:] for means in int8.ranges.means)
+    write_int8(bundle / INT8, replace(int8, ranges=replace(int8.ranges, means=fewer)))
+
+
 def change_golden(bundle: Path) -> None:
     golden = load_file(bundle / GOLDEN)
     save_file(golden | {"logits": golden["logits"] + 0.01}, bundle / GOLDEN)
@@ -71,6 +80,7 @@ def change_golden(bundle: Path) -> None:
     [
         (lambda folder: change_weights(folder, 0.5), GoldenMismatch, f"{CHECKPOINT} misses the golden logits by "),
         (change_golden, GoldenMismatch, rf"{MODULE} misses the golden logits by 1\.0e-02"),
+        (change_means, GoldenMismatch, f"{INT8} is of another network: there are 8 input channels and 7 means"),
         (lambda folder: (folder / CHECKPOINT).write_text("weights"), GoldenMismatch, ".* doesn't fit the network: "),
         (lambda folder: (folder / GOLDEN).write_text("golden"), GoldenMismatch, f"{GOLDEN} can't be read: "),
         (lambda folder: (folder / MODULE).write_text("module"), FileMalformed, f"{MODULE} isn't a TorchScript file: ."),
@@ -80,7 +90,15 @@ def change_golden(bundle: Path) -> None:
             f"{MODULE} doesn't run: .*channels",
         ),
     ],
-    ids=["weights", "golden logits", "no weights", "no golden samples", "no module", "module that fails"],
+    ids=[
+        "weights",
+        "golden logits",
+        "means of fewer channels",
+        "no weights",
+        "no golden samples",
+        "no module",
+        "module that fails",
+    ],
 )
 def test_a_version_that_contradicts_itself_is_refused(
     tiny: Path, bundle: Path, damage: Callable[[Path], object], error: type[BundleError], message: str

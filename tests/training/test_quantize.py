@@ -3,10 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from safetensors import torch as torch_file
 from safetensors.numpy import save_file
 
 from tests.tiny import squares
@@ -82,13 +83,13 @@ def test_the_first_convolution_stays_in_float32_and_the_second_where_the_first_w
 
 def test_what_goes_around_a_convolution_is_rounded_as_well() -> None:
     net = network(activation="relu6", convolutions=3).folded()
-    seen: list[torch.Tensor] = []
-    net.groups[0].conv2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # what is also added later
+    taken: list[torch.Tensor] = []
+    net.groups[0].conv2.register_forward_pre_hook(lambda _, values: taken.append(values[0]))  # what is also added later
     coarse = simulated(net, whole(8, 16, 16))
     with torch.inference_mode():
         coarse(squares().test.images)
-    assert torch.equal(seen[0], seen[0].round())
-    assert seen[0].max() > 0
+    assert torch.equal(taken[0], taken[0].round())
+    assert taken[0].max() > 0
 
 
 def test_zero_is_a_step_and_a_lone_large_value_is_cut_off() -> None:
@@ -132,21 +133,32 @@ def test_weights_are_rounded_to_steps_that_two_of_them_share() -> None:
     np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
 
 
-WEIGHTS = arrays(
-    np.float32, st.tuples(st.just(3), st.integers(1, 5), st.just(3), st.just(3)), elements=st.floats(-2, 2, width=32)
+WEIGHTS = st.tuples(st.just(3), st.integers(1, 5), st.just(3), st.just(3)).flatmap(
+    lambda shape: arrays(np.float32, shape, elements=st.floats(-2, 2, width=32))
 )
+FIVE_MEANS = arrays(np.float32, 5, elements=st.floats(-4, 4, width=32))
 
 
-@given(WEIGHTS, st.data())
+def kernels(*weights: float) -> NDArray[np.float32]:
+    """Of one place each."""
+    return np.array(weights, np.float32).reshape(1, -1, 1, 1)
+
+
+@given(WEIGHTS, FIVE_MEANS)
+@example(
+    kernels(1 + 2**-20, 126 + 2**-17, 10.49, 0, 5), np.array([0.2, 0.2, 1, 0, 0], np.float32)
+)  # a sum of 127 in float32
+@example(kernels(10.49, 0, 127.1), np.array([1, 0, 0.5, 0, 0], np.float32))  # 127.1 / (127.1 / 127) is above 127
 def test_rounded_weights_are_beside_theirs_keep_the_mean_and_fit_16_bits_in_pairs(
-    weights: NDArray[np.float32], data: st.DataObject
+    weights: NDArray[np.float32], five: NDArray[np.float32]
 ) -> None:
-    means = data.draw(arrays(np.float32, weights.shape[1], elements=st.floats(-4, 4, width=32)))
+    means = five[: weights.shape[1]]
     step = largest_weights(weights) / 127
     steps = rounded_weights(weights, means) / step
     errors = steps - weights / step
-    assert np.abs(errors).max() < 1 + 1e-4
-    assert np.abs((errors.sum((2, 3)) * means).sum(1)).max() <= np.abs(means).max() * 0.5 + 1e-2
+    assert np.abs(errors).max() < 1 + 1e-3
+    assert np.abs((errors.sum((2, 3)) * means).sum(1)).max() <= np.abs(means).max() * 0.5 + 0.02
+    assert np.abs(steps).max().round() <= 127
     for first in range(0, weights.shape[1], 2):  # what a processor without VNNI adds in 16 bits, for inputs of 255
         assert np.abs(steps[:, first : first + 2].round().sum(1)).max() * 255 < 2**15
 
@@ -243,20 +255,35 @@ MEANS = {"means.0": np.ones(8, np.float32), "means.1": np.ones(16, np.float32)}
 GOOD_RANGES = {"scales": np.ones(2, np.float32), "zeros": np.zeros(2, np.uint8), **MEANS}
 
 
+WHOLE = GOOD.model_dump_json()
+
+
 @pytest.mark.parametrize(
-    ("tensors", "figures"),
+    ("tensors", "figures", "message"),
     [
-        ({"scales": np.ones(2, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"zeros": np.zeros(3, np.uint8)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"scales": np.array(1, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"scales": np.zeros(2, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"scales": np.full(2, np.nan, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"logits": np.zeros((0, 2), np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"logits": np.zeros(2, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"means.2": np.ones(8, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"means.1": np.ones((1, 16), np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES | {"means.1": np.full(16, np.inf, np.float32)}, GOOD.model_dump_json()),
-        (GOOD_RANGES, "{}"),
+        ({"scales": np.ones(2, np.float32)}, WHOLE, "can't be read: "),
+        (GOOD_RANGES | {"zeros": np.zeros(3, np.uint8)}, WHOLE, r"scales are float32 \(2,\), zeros uint8 \(3,\)"),
+        (
+            GOOD_RANGES | {"scales": np.array(1, np.float32), "zeros": np.array(0, np.uint8)},
+            WHOLE,
+            r"scales are float32 \(\), zeros uint8 \(\)",
+        ),
+        (GOOD_RANGES | {"scales": np.zeros(2, np.float32)}, WHOLE, "scales must be above 0"),
+        (GOOD_RANGES | {"scales": np.full(2, np.nan, np.float32)}, WHOLE, "scales must be above 0"),
+        (GOOD_RANGES | {"logits": np.zeros((0, 2), np.float32)}, WHOLE, r"logits are float32 \(0, 2\)"),
+        (GOOD_RANGES | {"logits": np.zeros(2, np.float32)}, WHOLE, r"logits are float32 \(2,\)"),
+        (
+            {name: values for name, values in GOOD_RANGES.items() if name != "means.1"},
+            WHOLE,
+            r"there are 2 scales, and means are \['float32 \(8,\)'\]",
+        ),
+        (
+            GOOD_RANGES | {"means.1": np.ones((1, 16), np.float32)},
+            WHOLE,
+            r"means are \['float32 \(8,\)', 'float32 \(1, 16\)'\]",
+        ),
+        (GOOD_RANGES | {"means.1": np.full(16, np.inf, np.float32)}, WHOLE, "all numbers finite"),
+        (GOOD_RANGES, "{}", "can't be read: "),
     ],
     ids=[
         "zeros are missing",
@@ -266,14 +293,31 @@ GOOD_RANGES = {"scales": np.ones(2, np.float32), "zeros": np.zeros(2, np.uint8),
         "a scale that is no number",
         "no logits",
         "logits of one picture",
-        "means of a third layer",
+        "means of one layer",
         "means of two dimensions",
         "means without end",
         "figures are missing",
     ],
 )
-def test_a_malformed_file_is_refused(tmp_path: Path, tensors: dict[str, np.ndarray], figures: str) -> None:
+def test_a_malformed_file_is_refused(
+    tmp_path: Path, tensors: dict[str, np.ndarray], figures: str, message: str
+) -> None:
     path = tmp_path / "int8.safetensors"
     save_file({"logits": np.zeros((1, 2), np.float32)} | tensors, path, {"figures": figures})
-    with pytest.raises(Int8Malformed, match=r"^int8\.safetensors"):
+    with pytest.raises(Int8Malformed, match=rf"^int8\.safetensors:? .*{message}"):
         read_int8(path)
+
+
+def test_numbers_that_numpy_has_not_are_refused(tmp_path: Path) -> None:
+    tensors = {name: torch.from_numpy(values) for name, values in GOOD_RANGES.items()}
+    tensors |= {"logits": torch.zeros(1, 2), "means.0": torch.ones(8, dtype=torch.bfloat16)}
+    torch_file.save_file(tensors, tmp_path / "int8.safetensors", {"figures": GOOD.model_dump_json()})
+    with pytest.raises(Int8Malformed, match=r"^int8\.safetensors can't be read: "):
+        read_int8(tmp_path / "int8.safetensors")
+
+
+def test_what_a_later_safelight_adds_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "int8.safetensors"
+    tensors = GOOD_RANGES | {"logits": np.zeros((1, 2), np.float32), "medians": np.zeros(3, np.float32)}
+    save_file(tensors, path, {"figures": GOOD.model_dump_json()})
+    assert read_int8(path) is not None

@@ -1,11 +1,11 @@
 """The int8 form of a bundle: what it takes to run the module's convolutions on bytes, and what that costs.
 
-Weights need nothing here: `rounded_weights` makes the same of them wherever they are. What can't be derived is which
-values the activations take; that was seen at export, on pictures. A bundle without this file runs in float32, as it
-always did.
+Weights aren't stored: `rounded_weights` makes the same of the same weights and means wherever they are. What can't be
+derived is which values the activations take, and their channels' means; both were seen at export, on pictures. A bundle
+without this file runs in float32, as it always did.
 
-All processors give the same sums of bytes. Those without VNNI instructions add the products of two neighbouring input
-channels in 16 bits, and cut off what doesn't fit; weights are rounded so that nothing ever is.
+All processors give the same sums of bytes. Those without VNNI instructions add the products of input channels 0 and 1,
+2 and 3, … at one place of the kernel in 16 bits, and cut off what doesn't fit; weights are rounded so that all does.
 """
 
 from dataclasses import dataclass
@@ -89,8 +89,8 @@ class Int8:
 def largest_weights(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """What MAX_WEIGHT stands for in each output channel of a convolution [O, I, H, W]: [O, 1, 1, 1].
 
-    That is the largest weight, or the largest sum of the two that neighbouring input channels have in one place. So two
-    rounded weights come to 128 at most, and with two bytes of input to 255 * 128, which 16 bits hold.
+    That is the largest weight, or the largest sum of the two that input channels 0 and 1, 2 and 3, … have in one place:
+    such two come to 128 steps at most when they are rounded, and with two bytes of input to 255 * 128, which fits.
     """
     padded = np.pad(weights, ((0, 0), (0, weights.shape[1] % 2), (0, 0), (0, 0)))
     pairs = padded[:, 0::2] + padded[:, 1::2]  # [O, I / 2, H, W]
@@ -103,13 +103,16 @@ def rounded_weights(weights: NDArray[np.float32], means: NDArray[np.float32]) ->
 
     Each becomes one of the two steps beside it, so that an output's mean is kept, for inputs whose channels have
     `means` [I]. What a kernel looks at is mostly smooth: what counts is the sum of its errors, times that mean. Kernel
-    by kernel, from the largest mean on, a sum is rounded to the side that makes up for those before. Raises ValueError
-    where there aren't as many means as input channels.
+    by kernel, from the largest mean on, a sum is rounded to the side that makes up for those before. So a weight whose
+    last bit is another one may be rounded otherwise, and many after it: the weights must be those of the module itself.
+
+    Raises ValueError where there aren't as many means as input channels.
     """
     if len(means) != weights.shape[1]:
         raise ValueError(f"there are {weights.shape[1]} input channels and {len(means)} means")
     scales = largest_weights(weights).astype(np.float64) / MAX_WEIGHT
-    steps = (weights / scales).reshape(*weights.shape[:2], -1)  # [O, I, H * W]
+    # Less than a ten-thousandth of a step is what float32 leaves of the sums of two, and nothing to round up for.
+    steps = np.round(weights / scales, 4).reshape(*weights.shape[:2], -1)  # [O, I, H * W]
     below = np.floor(steps)
     remainders = steps - below
     sums = remainders.sum(2)  # [O, I]
@@ -123,8 +126,7 @@ def rounded_weights(weights: NDArray[np.float32], means: NDArray[np.float32]) ->
     largest_first = np.argsort(-remainders, axis=2, kind="stable")
     raised = np.empty_like(remainders)
     np.put_along_axis(raised, largest_first, np.arange(steps.shape[2]) < up[:, :, None], axis=2)
-    kept = (below + raised).clip(-MAX_WEIGHT, MAX_WEIGHT).reshape(weights.shape)
-    return (kept * scales).astype(np.float32)
+    return ((below + raised).reshape(weights.shape) * scales).astype(np.float32)
 
 
 def write_int8(path: Path, int8: Int8) -> None:
@@ -141,22 +143,21 @@ def read_int8(path: Path) -> Int8 | None:
         return None
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            scales, zeros, logits = (file.get_tensor(name) for name in ("scales", "zeros", "logits"))
+            names = [_means(layer) for layer in range(scales.size)]
+            means = tuple(file.get_tensor(name) for name in names if name in file.keys())  # noqa: SIM118 - no dictionary
             figures = Figures.model_validate_json((file.metadata() or {}).get("figures", ""))
-        scales, zeros, logits = (tensors.pop(name) for name in ("scales", "zeros", "logits"))
-    except (SafetensorError, ValidationError, OSError, KeyError) as error:
+    except (SafetensorError, ValidationError, OSError, TypeError, AttributeError) as error:  # numpy lacks some types
         raise Int8Malformed(f"{INT8} can't be read: {error}") from error
     if scales.dtype != np.float32 or zeros.dtype != np.uint8 or scales.shape != zeros.shape or scales.ndim != 1:
         raise Int8Malformed(f"{INT8}: scales are {scales.dtype} {scales.shape}, zeros {zeros.dtype} {zeros.shape}")
     if logits.dtype != np.float32 or logits.ndim != 2 or not logits.size:
         raise Int8Malformed(f"{INT8}: logits are {logits.dtype} {logits.shape}")
-    if not tensors and len(scales):
+    if len(scales) and not means:
         return None
-    names = [_means(layer) for layer in range(len(scales))]
-    if set(tensors) != set(names) or any(one.dtype != np.float32 or one.ndim != 1 for one in tensors.values()):
-        found = {name: f"{one.dtype} {one.shape}" for name, one in tensors.items()}
-        raise Int8Malformed(f"{INT8}: beside {len(scales)} scales there are {found}")
-    means = tuple(tensors[name] for name in names)
+    if len(means) != len(scales) or any(one.dtype != np.float32 or one.ndim != 1 for one in means):
+        found = [f"{one.dtype} {one.shape}" for one in means]
+        raise Int8Malformed(f"{INT8}: there are {len(scales)} scales, and means are {found}")
     if not (scales > 0).all() or not all(np.isfinite(numbers).all() for numbers in (scales, logits, *means)):
         raise Int8Malformed(f"{INT8}: scales must be above 0, and all numbers finite")
     return Int8(Ranges(scales, zeros, means), logits, figures)
