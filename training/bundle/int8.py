@@ -111,7 +111,8 @@ def rounded_weights(weights: NDArray[np.float32], means: NDArray[np.float32]) ->
     if len(means) != weights.shape[1]:
         raise ValueError(f"there are {weights.shape[1]} input channels and {len(means)} means")
     scales = largest_weights(weights).astype(np.float64) / MAX_WEIGHT
-    # Less than a ten-thousandth of a step is what float32 leaves of the sums of two, and nothing to round up for.
+    # `largest_weights` adds in float32, which may leave a sum of two a trifle above 127. A trifle is no reason to round
+    # a weight up: both of them, and the sum would be 129.
     steps = np.round(weights / scales, 4).reshape(*weights.shape[:2], -1)  # [O, I, H * W]
     below = np.floor(steps)
     remainders = steps - below
