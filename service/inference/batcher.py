@@ -118,7 +118,7 @@ class Batcher(Generic[T]):
         lone_seconds: float,
         meter: Meter,
     ) -> None:
-        """`run_beside` is for pictures of several requests: it leaves the event loop a processor to read more of them.
+        """`run_beside` is for pictures of several requests: it may leave the event loop a processor to read more.
         `seconds_per_image` is of one picture among many, `lone_seconds` of one alone."""
         self._run, self._run_beside = run, run_beside
         self._thread = thread
