@@ -71,6 +71,7 @@ def _serve(settings: Settings) -> int:
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
+        http="service.api.door:Door",
         workers=settings.workers,
         log_config=None,
         access_log=False,

@@ -40,6 +40,6 @@ async def _answer(endpoint: Endpoint, request: Request) -> Response:
     try:
         return await endpoint(request)
     except SafelightError as error:
-        return await problems.on_safelight_error(request, error)
+        return problems.refuse(request, error)
     except RequestValidationError as error:
         return await problems.on_invalid_parameter(request, error)

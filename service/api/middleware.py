@@ -30,17 +30,13 @@ class Observe:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._refusals: defaultdict[tuple[str, str], Refusals] = defaultdict(Refusals)  # by route and model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         begun = time.perf_counter()
-        offered = header(scope, b"x-request-id") or ""
-        request_id = offered if REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
-        state = scope.setdefault("state", {})
-        state["request_id"], state["log"] = request_id, {}
+        request_id = identify(scope)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -58,16 +54,28 @@ class Observe:
                 detail = f"the error is in the log under request id {request_id}"
                 await problems.reply(Request(scope), problems.INTERNAL, detail)(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            _requests(route, status).inc()
-            if state["log"].get("code") != QUEUE_FULL or self._is_told(route, state["log"]):
-                level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
-                facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-                milliseconds = round((time.perf_counter() - begun) * 1000, 2)
-                log_request(level, facts | {"ms": milliseconds} | state["log"])
+            note(scope, status, begun)
 
-    def _is_told(self, route: str, facts: dict[str, Any]) -> bool:
-        return self._refusals[route, facts.get("model", "")].is_told(facts)
+
+def identify(scope: Scope) -> str:
+    """Give a request its id, the client's own where that can be one, and an empty log."""
+    offered = header(scope, b"x-request-id") or ""
+    request_id = offered if REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
+    state = scope.setdefault("state", {})
+    state["request_id"], state["log"] = request_id, {}
+    return request_id
+
+
+def note(scope: Scope, status: int, begun: float) -> None:
+    """Count a request that is over, and write its line; `begun` is in `perf_counter` seconds."""
+    route = getattr(scope.get("route"), "path", "unmatched")
+    state = scope["state"]
+    _requests(route, status).inc()
+    if state["log"].get("code") != QUEUE_FULL or _refusals[route, state["log"].get("model", "")].is_told(state["log"]):
+        level = logging.DEBUG if scope["path"].startswith(QUIET) else logging.INFO
+        facts = {"request_id": state["request_id"], "method": scope["method"], "path": scope["path"], "status": status}
+        milliseconds = round((time.perf_counter() - begun) * 1000, 2)
+        log_request(level, facts | {"ms": milliseconds} | state["log"])
 
 
 @cache  # to look for it among all that there are takes five times as long
@@ -90,6 +98,9 @@ class Refusals:
             return False
         facts["refused"], self._told, self._untold = self._untold, now, 0
         return True
+
+
+_refusals: defaultdict[tuple[str, str], Refusals] = defaultdict(Refusals)  # by route and model
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
+from starlette.types import Scope
 
 from service import errors
 from service.api import problems
@@ -54,6 +55,10 @@ class Question(BaseModel, frozen=True):
     version: str | None = Field(None, description="the active version if left out")
     top_k: int | None = Field(None, description="how many classes to name; 5 or all of them if left out")
     deadline_ms: int | None = Field(None, ge=1, description="answer within this time or not at all")
+
+    def seconds(self, allowed: float) -> float:
+        """Within which it wants its answer."""
+        return min(allowed, self.deadline_ms / 1000) if self.deadline_ms else allowed
 
 
 _PLACES = {  # where each of them stands
@@ -101,22 +106,24 @@ async def predict(request: Request) -> Response:
     In a request of many, a picture that fails has `error` in its place and the status is 200; a request whose only
     picture fails gets that problem's own status.
     """
-    question = _question(request.scope["query_string"], header(request.scope, b"x-deadline-ms"))
+    question = read_question(request.scope)
     state = request.state
     settings: Settings = state.settings
     registry: Registry = state.registry
     clock = asyncio.get_running_loop().time
-    allowed = settings.deadline_seconds
-    seconds = min(allowed, question.deadline_ms / 1000) if question.deadline_ms else allowed
+    seconds = question.seconds(settings.deadline_seconds)
     entry = await registry.asked(question.model, question.version, clock() + seconds)
     state.log.update(model=entry.ref.model, version=entry.ref.version)
-    if entry.predictor:
-        entry.predictor.check_room(clock() + seconds)
     pictures = await read_pictures(request, settings.max_images)
     deadline = clock() + seconds
     state.log["images"] = len(pictures)
     manifest, answered = await while_connected(request, answer(registry, entry, pictures, question.top_k, deadline))
     return _reply(request, manifest, answered)
+
+
+def read_question(scope: Scope) -> Question:
+    """Raises RequestValidationError."""
+    return _question(scope["query_string"], header(scope, b"x-deadline-ms"))
 
 
 @lru_cache(KEPT_QUESTIONS)

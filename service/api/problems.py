@@ -7,10 +7,12 @@ Protocol's.
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import Counter
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -90,9 +92,14 @@ def kind_of(error: SafelightError) -> Kind:
     return next((PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS), INTERNAL)
 
 
+@cache  # to look for it takes as long as to write the reply
+def _errors(code: str) -> Counter:
+    return ERRORS.labels(code)
+
+
 def body(kind: Kind, detail: str, request_id: str, /, **facts: object) -> dict[str, Any]:
     """The one shape of an error, for a whole reply or for one picture's place in `predictions`."""
-    ERRORS.labels(kind.code).inc()
+    _errors(kind.code).inc()
     fixed = {"type": f"urn:safelight:problem:{kind.code}", "title": kind.title, "status": kind.status}
     return fixed | {"detail": detail, "code": kind.code, "request_id": request_id} | facts
 
@@ -110,14 +117,14 @@ def reply(
     if path.startswith(OPENAI):
         return _openai_reply(kind, detail, headers or {}, facts)
     if path.startswith(INFERENCE_PROTOCOL):
-        ERRORS.labels(kind.code).inc()
+        _errors(kind.code).inc()
         return _json({"error": detail, "code": kind.code}, kind.status, headers)
     return _json(body(kind, detail, request.state.request_id, **facts), kind.status, headers, MEDIA_TYPE)
 
 
 def _openai_reply(kind: Kind, detail: str, headers: dict[str, str], facts: dict[str, Any]) -> Response:
     """The same in OpenAI's shape; `param` is what was wrong, as far as it has a name."""
-    ERRORS.labels(kind.code).inc()
+    _errors(kind.code).inc()
     if kind.status == 409 and "Retry-After" not in headers:
         headers = headers | {"X-Should-Retry": "false"}  # the client would try again twice, as with a lock
     named = [wrong["parameter"].partition(".")[2] for wrong in facts.get("errors", ())]
@@ -139,11 +146,8 @@ def _openai_type(status: int) -> str:
     return "rate_limit_error" if status == 429 else "invalid_request_error"
 
 
-# --- handlers, for FastAPI to call ---
-
-
-async def on_safelight_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SafelightError)
+def refuse(request: Request, error: SafelightError) -> Response:
+    """The reply to a request that ended with an error of ours."""
     headers = {}
     if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -152,6 +156,14 @@ async def on_safelight_error(request: Request, error: Exception) -> Response:
     if isinstance(error, errors.BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is not read
     return reply(request, kind_of(error), str(error), headers, **error.facts)
+
+
+# --- handlers, for FastAPI to call ---
+
+
+async def on_safelight_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SafelightError)
+    return refuse(request, error)
 
 
 async def on_invalid_parameter(request: Request, error: Exception) -> Response:
@@ -164,7 +176,7 @@ async def on_invalid_parameter(request: Request, error: Exception) -> Response:
 async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, SafelightError):  # met while FastAPI itself read a body, which makes it a 400
-        return await on_safelight_error(request, error.__cause__)
+        return refuse(request, error.__cause__)
     kind = HTTP.get(error.status_code, Kind(error.status_code, "http_error", "The request can't be answered"))
     detail = f"{request.method} {request.url.path}: {error.detail}"
     return reply(request, kind, detail, dict(error.headers or {}))

@@ -130,6 +130,7 @@ class Batcher(Generic[T]):
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Place[T]] = deque()
         self._pending = 0
+        self._knocking = 0  # requests that are about to come in
         self._alone = True  # the last batch was of one request
         self._beginning = False  # `_begin` is about to be called
         thread.join(self._take_turn)
@@ -137,34 +138,28 @@ class Batcher(Generic[T]):
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[None]:
         """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull."""
-        self.check_room(count, deadline)
+        if self._knocking:
+            self._knocking -= 1
+        self._check_room(count, self._pending, deadline)
         self._count(count)
         try:
             yield
         finally:
             self._count(-count)
 
-    def check_room(self, count: int, deadline: float) -> None:
-        """Raise QueueFull where `count` more pictures don't fit, or can't be answered by the deadline as things go.
+    def knock(self, deadline: float) -> None:
+        """Raise QueueFull where a request that is about to come in wouldn't find room for one picture.
 
-        Where nothing waits all are let in: the pace may have been that of a bad moment, and is measured again.
+        The loop reads hundreds of heads in one turn before any of their requests is admitted, so those that have
+        knocked count. One whose body is longer on its way counts no more once the others have come in.
         """
-        wait = self._pace.seconds(self._pending)
-        reason = None
-        if self._pending + count > self._queue_size:
-            reason = f"{count} more don't fit: the limit is {self._queue_size}"
-        elif self._pending:
-            left = deadline - self._loop.time()
-            if wait + self._pace.seconds(count) > left:
-                reason = f"{count} more wouldn't be done in the {max(0.0, left):.1f} s until their deadline"
-        if reason:
-            again = max(1, math.ceil(wait))
-            raise QueueFull(
-                f"{self._pending} pictures are waiting and {reason}; try again in {again} s",
-                retry_after=wait,
-                limit=self._queue_size,
-                pending=self._pending,
-            )
+        self._check_room(1, self._pending + self._knocking, deadline)
+        if not self._knocking:
+            self._loop.call_soon(self._loop.call_soon, self._forget_knocks)  # behind the first steps of their tasks
+        self._knocking += 1
+
+    def _forget_knocks(self) -> None:
+        self._knocking = 0
 
     async def submit(self, images: Sequence[Pixels], deadline: float) -> Submission[T]:
         """Compute pictures [C, H, W]; returns when each has an outcome. Raises DeadlineExceeded.
@@ -194,6 +189,28 @@ class Batcher(Generic[T]):
         while self._pending:
             await asyncio.sleep(0.01)
         self._thread.leave(self._take_turn)
+
+    def _check_room(self, count: int, waiting: int, deadline: float) -> None:
+        """Raise QueueFull where `count` more pictures don't fit, or can't be answered by the deadline as things go.
+
+        Where nothing waits all are let in: the pace may have been that of a bad moment, and is measured again.
+        """
+        wait = self._pace.seconds(waiting)
+        reason = None
+        if waiting + count > self._queue_size:
+            reason = f"{count} more don't fit: the limit is {self._queue_size}"
+        elif waiting:
+            left = deadline - self._loop.time()
+            if wait + self._pace.seconds(count) > left:
+                reason = f"{count} more wouldn't be done in the {max(0.0, left):.1f} s until their deadline"
+        if reason:
+            again = max(1, math.ceil(wait))
+            raise QueueFull(
+                f"{waiting} pictures are waiting and {reason}; try again in {again} s",
+                retry_after=wait,
+                limit=self._queue_size,
+                pending=waiting,
+            )
 
     def _count(self, change: int) -> None:
         if not self._pending:

@@ -139,6 +139,14 @@ class Registry:
         entries = [entry for line in self.lines.values() for entry in line.entries.values()]
         return {entry.ref: entry.predictor for entry in entries if entry.predictor}
 
+    def at_hand(self, model: str | None, version: str | None) -> Predictor | None:
+        """What `asked` and `predictor` would find without looking at the folder or loading anything, if they would."""
+        line = self.lines.get(self.default_model if model is None else model)
+        if line is None or line.unloaded:
+            return None
+        entry = line.entries.get((line.active or "") if version is None else version)
+        return entry.predictor if entry else None
+
     async def predictor(self, entry: Entry, deadline: float | None = None) -> Predictor:
         """The predictor of a version, loaded if it isn't, by a deadline in the event loop's time.
 

@@ -340,6 +340,31 @@ def test_a_body_that_declares_too_much_is_refused_before_any_of_it_is_sent(artif
         )
 
 
+def test_a_full_queue_refuses_before_the_picture_is_sent(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "artifacts", module=Slow(rounds=200))
+    settings = {
+        "default_model": "greys",
+        "max_batch": "1",
+        "queue_size": "100",
+        "max_images": "100",
+        "deadline_seconds": "60",
+    }
+    pictures = [("file", ("a", grey(1)))] * 100
+    with serving(tmp_path / "artifacts", tmp_path, **settings) as server, ThreadPoolExecutor(1) as pool:
+        before = pool.submit(httpx.post, f"{server.url}/predict", files=pictures, timeout=60)
+        until(lambda: pending(server.url) == 100)
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            reply = connection.recv(65536).decode()
+        assert not before.done()
+        assert before.result().status_code == 200
+    head, _, body = reply.partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 429 Too Many Requests\r\n")
+    assert "\r\ndate: " in head
+    assert json.loads(body)["code"] == "queue_full"
+
+
 def test_pictures_of_a_client_that_has_gone_are_not_computed(tmp_path: Path) -> None:
     make_bundle(tmp_path / "artifacts", module=Slow(rounds=200))
     settings = {"default_model": "greys", "max_batch": "1", "deadline_seconds": "60"}

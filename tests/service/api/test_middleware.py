@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 from starlette.types import Message, Scope
 
+from service.api import middleware
 from service.api.middleware import BodyLimit, Cap, Refusals
 from service.app import create_app
 from service.errors import BodyTooLarge
@@ -159,7 +161,7 @@ def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(
 
 
 @contextmanager
-def full(settings: Settings) -> Iterator[tuple[FastAPI, TestClient]]:
+def full(settings: Settings) -> Iterator[TestClient]:
     """An application whose queue is full for some moments."""
     make_bundle(settings.artifacts, module=Slow())
     app = create_app(settings.model_copy(update={"max_batch": 1, "queue_size": 200, "deadline_seconds": 60}))
@@ -167,7 +169,7 @@ def full(settings: Settings) -> Iterator[tuple[FastAPI, TestClient]]:
         before = pool.submit(client.post, "/predict", files=[("file", grey(1))] * 200)
         while 'safelight_pending_images{model="greys",version="2"} 200.0' not in client.get("/metrics").text:
             assert not before.done()
-        yield app, client
+        yield client
         assert before.result().status_code == 200
 
 
@@ -183,47 +185,21 @@ def test_refusals_get_a_line_a_second_that_says_how_many_there_were(monkeypatch:
 
 
 def test_a_refusal_for_want_of_room_is_logged_with_its_model_and_all_are_counted(
-    capsys: pytest.CaptureFixture[str], settings: Settings
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
     def counted() -> float:
         labels = {"route": "/predict", "status": "429"}
         return REGISTRY.get_sample_value("safelight_requests_total", labels) or 0
 
+    monkeypatch.setattr(middleware, "_refusals", defaultdict(Refusals))
     before = counted()
-    with full(settings) as (_, client):
+    with full(settings) as client:
         for _ in range(3):
             assert client.post("/predict", content=grey(1), headers=PNG).status_code == 429
     lines = [line for line in requests(capsys) if line.get("code") == "queue_full"]
     expected = {"status": 429, "path": "/predict", "model": "greys", "version": "2", "refused": 1}
     assert {name: lines[0][name] for name in expected} == expected
     assert counted() - before == 3
-
-
-@pytest.mark.parametrize("path", ONE_PICTURE)
-def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings, path: str) -> None:
-    sent: list[Message] = []
-
-    async def ask(app: FastAPI) -> None:
-        async def receive() -> Message:
-            raise AssertionError("the body was read")
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"image/png"), (b"x-request-id", b"r-1")]
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
-        await app(scope | {"state": dict(client.app_state)}, receive, send)
-
-    with full(settings) as (app, client):
-        client.portal.call(ask, app)  # type: ignore[union-attr]
-    assert sent[0]["status"] == 429
-    assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
-    said = json.loads(sent[1]["body"])
-    if path == OLDER:
-        said = said["error"]
-    assert said["code"] == "queue_full"
-    told = said[{"/predict": "detail", INFER: "error", OLDER: "message"}[path]]
-    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in told
 
 
 def test_what_nobody_caught_is_a_plain_500_without_a_trace(

@@ -258,6 +258,34 @@ def test_a_full_queue_refuses_with_the_time_to_wait_and_admits_again_afterwards(
     assert run(test, held=True, queue_size=8, seconds_per_image=0.5).meter.last_pending == 0
 
 
+def test_of_those_that_knock_in_one_turn_no_more_are_let_in_than_there_are_places() -> None:
+    async def test(bench: Bench) -> None:
+        told: list[dict[str, object]] = []
+
+        def let_in(knocks: int) -> int:
+            for number in range(knocks):
+                try:
+                    bench.batcher.knock(asyncio.get_running_loop().time() + 10)
+                except QueueFull as refusal:
+                    told.append(refusal.facts)
+                    return number
+            return knocks
+
+        waiting = asyncio.create_task(bench.ask(*range(5)))
+        await bench.settle()
+        assert let_in(4) == 3
+        one = asyncio.create_task(bench.ask(5))
+        await asyncio.sleep(0)
+        assert let_in(1) == 0  # one has come in, two of those that knocked are on their way
+        await bench.settle()
+        assert let_in(4) == 2  # they didn't come
+        bench.engine.go.set()
+        assert await asyncio.gather(waiting, one) == [[0, 1, 2, 3, 4], [5]]
+        assert told == [{"limit": 8, "pending": 8}] * 3
+
+    run(test, held=True, queue_size=8)
+
+
 def test_who_can_not_be_in_time_is_told_at_the_door_and_who_can_is_let_in() -> None:
     async def test(bench: Bench) -> None:
         waiting = asyncio.create_task(bench.ask(*range(6)))
