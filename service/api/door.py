@@ -59,7 +59,8 @@ class Door(HttpToolsProtocol):
         """Not before an answer that is still to come, and not to who doesn't read what is sent. Nor where the
         connection ends with the answer, which would be lost with a body that wasn't read."""
         is_free = (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
-        return is_free and self.parser.should_keep_alive() and not self.parser.should_upgrade()
+        stays = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
+        return is_free and stays and not self.parser.should_upgrade()
 
     def _head(self) -> Scope:
         """What is known of the request, in ASGI's words. A path with escapes (%) is as it came, and no route's here."""

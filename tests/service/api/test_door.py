@@ -43,12 +43,12 @@ class Line:
     read: bytes = b""
 
     def send(
-        self, method: str, target: str, body: bytes | None = b"", *, length: int | None = None, more: str = ""
+        self, method: str, target: str, body: bytes = b"", *more: str, length: int | None = None, version: str = "1.1"
     ) -> None:
-        """A request, or its head alone where there is no body."""
-        length = len(body or b"") if length is None else length
-        head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n{more}"
-        self.socket.sendall(head.encode() + b"\r\n" + (body or b""))
+        """A request, with more lines of its head; where it has a `length` and no body, its head alone."""
+        length = len(body) if length is None else length
+        lines = [f"{method} {target} HTTP/{version}", "Host: x", "Content-Type: image/png", f"Content-Length: {length}"]
+        self.socket.sendall("\r\n".join([*lines, *more, "", ""]).encode() + body)
 
     def receive(self) -> Reply:
         while b"\r\n\r\n" not in self.read:
@@ -125,7 +125,7 @@ def house(settings: Settings) -> Iterator[House]:
 def test_who_finds_no_room_is_told_at_the_head_and_the_connection_goes_on(house: House) -> None:
     with house.line() as line:
         with house.full():
-            line.send("POST", "/predict", None, length=9, more="X-Request-ID: r-1\r\n")
+            line.send("POST", "/predict", b"", "X-Request-ID: r-1", length=9)
             reply = line.receive()  # though the body is still to come
             line.socket.sendall(b"a picture")
             line.send("GET", "/health/live")
@@ -161,7 +161,7 @@ def test_who_finds_no_room_is_told_at_the_head_and_the_connection_goes_on(house:
 )
 def test_each_protocol_has_its_own_words(house: House, path: str, body: object) -> None:
     with house.line() as line, house.full():
-        line.send("POST", path, None, length=9)
+        line.send("POST", path, length=9)
         reply = line.receive()
     assert (reply.status, json.loads(reply.body)) == (429, body)
 
@@ -178,7 +178,7 @@ def test_a_refusal_is_counted_and_logged_as_any_request(
     before = counted()
     with open_house(settings) as house, house.line() as line, house.full():
         for _ in range(3):
-            line.send("POST", INFER, None, length=0)
+            line.send("POST", INFER, length=0)
             assert line.receive().status == 429
     after = counted()
     assert (after[0] - before[0], after[1] - before[1]) == (3, 3)
@@ -220,10 +220,11 @@ def test_a_refusal_waits_for_the_answers_before_it(house: House) -> None:
     assert b"safelight_pending_images" in replies[0].body
 
 
-def test_a_connection_that_ends_with_the_answer_is_read_to_its_end(house: House) -> None:
+@pytest.mark.parametrize(("version", "connection"), [("1.1", "close"), ("1.0", "keep-alive"), ("1.0", "close")])
+def test_a_connection_that_ends_with_the_answer_is_read_to_its_end(house: House, version: str, connection: str) -> None:
     body = bytes(1_000_000)
     with house.line() as line, house.full():
-        line.send("POST", "/predict", body, more="Connection: close\r\n")
+        line.send("POST", "/predict", body, f"Connection: {connection}", version=version)
         reply = line.receive()
         assert line.socket.recv(1) == b""
     assert (reply.status, reply.headers["connection"]) == (429, "close")
