@@ -19,6 +19,7 @@ from service.api.middleware import identify, note
 from service.errors import QueueFull
 from service.inference.registry import Registry
 from service.settings import Settings
+from service.telemetry import logger
 
 ROUTES = [
     route
@@ -28,8 +29,8 @@ ROUTES = [
 ]
 
 
-class _Answered:
-    """In place of a cycle that has sent its response: what comes of the request's body is passed over."""
+class _Over:
+    """In place of a cycle that has sent its response: uvicorn asks it, and passes over what comes of the body."""
 
     response_complete = True
     message_event = asyncio.Event()
@@ -38,32 +39,56 @@ class _Answered:
 class Door(HttpToolsProtocol):
     """uvicorn's protocol, which first asks whether there is room for one picture.
 
-    It refuses what is common. The rest is let in, and refused in the same words by the queue itself, if need be.
+    What is uncommon it leaves to the application, which refuses in the same words, but later.
     """
 
     def on_headers_complete(self) -> None:
-        begun = time.perf_counter()
-        scope = self._head()
-        refused = refusal(scope) if self._may_answer() else None
-        if refused is None:
+        reply = self._reply() if self._may_answer() else None
+        if reply is None:
+            self._unset_keepalive_if_required()  # a refusal in the same segment may have begun to count
             super().on_headers_complete()
             return
-        self.cycle = self.cycle or cast(RequestResponseCycle, _Answered())
-        headers = [*self.server_state.default_headers, *refused.raw_headers]
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        self.transport.write(b"".join([STATUS_LINE[refused.status_code], *lines, b"\r\n", refused.body]))
+        self.cycle = self.cycle or cast(RequestResponseCycle, _Over())
+        self.transport.write(reply)
         self.on_response_complete()
-        note(scope, refused.status_code, begun)
+
+    def on_message_complete(self) -> None:
+        """uvicorn stops to count where a body comes after its answer, and wouldn't begin again."""
+        super().on_message_complete()
+        is_over = self.cycle is not None and self.cycle.response_complete and not self.parser.should_upgrade()
+        if is_over and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _may_answer(self) -> bool:
         """Not before an answer that is still to come, and not to who doesn't read what is sent. Nor where the
-        connection ends with the answer, which would be lost with a body that wasn't read."""
+        connection ends with the answer, or a body has no plain length."""
         is_free = (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
         stays = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
-        return is_free and stays and not self.parser.should_upgrade()
+        return is_free and stays and not self.parser.should_upgrade() and not self._is_encoded()
+
+    def _is_encoded(self) -> bool:
+        return any(name == b"transfer-encoding" for name, _ in self.headers)
+
+    def _reply(self) -> bytes | None:
+        """The refusal, counted and logged, if it is one."""
+        begun = time.perf_counter()
+        try:
+            scope = self._head()
+            refused = refusal(scope)
+            if refused is None:
+                return None
+            note(scope, refused.status_code, begun)
+        except Exception:  # from here uvicorn would make it a 400; in the application it is found again, and told
+            logger.exception("the door failed")
+            return None
+        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *refused.raw_headers)]
+        return b"".join([STATUS_LINE[refused.status_code], *lines, b"\r\n", refused.body])
 
     def _head(self) -> Scope:
-        """What is known of the request, in ASGI's words. A path with escapes (%) is as it came, and no route's here."""
+        """uvicorn's scope of the request, as far as it matters here. An escaped path (%) isn't decoded: it matches no
+        model, and is let in."""
         path, _, query = self.url.partition(b"?")
         scope = cast(Scope, self.scope)
         scope["method"] = self.parser.get_method().decode("ascii")
@@ -77,11 +102,11 @@ def refusal(scope: Scope) -> Response | None:
         return None
     for route in ROUTES:
         if found := route.path_regex.match(scope["path"]):
-            return _refusal(scope, route, found.groupdict())
+            return _knock(scope, route, found.groupdict())
     return None
 
 
-def _refusal(scope: Scope, route: APIRoute, names: dict[str, str]) -> Response | None:
+def _knock(scope: Scope, route: APIRoute, names: dict[str, str]) -> Response | None:
     """`names` are those in the path of model and version."""
     registry: Registry = scope["state"]["registry"]
     settings: Settings = scope["state"]["settings"]

@@ -270,6 +270,8 @@ async def infer(request: Request) -> Response:
     deadline = asyncio.get_running_loop().time() + settings.deadline_seconds
     entry = await registry.asked(path["model"], path.get("version"), deadline)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
+    if entry.predictor:
+        entry.predictor.check_room(deadline)
     body = await _body(request, settings.max_body_bytes)
     return await while_connected(request, _infer(request, registry, entry, body, settings))
 

@@ -56,6 +56,8 @@ async def predict(
     clock = asyncio.get_running_loop().time
     entry = await registry.asked(model, None, clock() + settings.deadline_seconds)
     request.state.log |= {"model": entry.ref.model, "version": entry.ref.version}
+    if entry.predictor:
+        entry.predictor.check_room(clock() + settings.deadline_seconds)
     body = await request.body()
     deadline = clock() + settings.deadline_seconds
     manifest = (await registry.predictor(entry, deadline)).manifest

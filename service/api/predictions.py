@@ -58,7 +58,7 @@ class Question(BaseModel, frozen=True):
 
     def seconds(self, allowed: float) -> float:
         """Within which it wants its answer."""
-        return min(allowed, self.deadline_ms / 1000) if self.deadline_ms else allowed
+        return min(allowed * 1000, self.deadline_ms) / 1000 if self.deadline_ms else allowed
 
 
 _PLACES = {  # where each of them stands
@@ -114,6 +114,8 @@ async def predict(request: Request) -> Response:
     seconds = question.seconds(settings.deadline_seconds)
     entry = await registry.asked(question.model, question.version, clock() + seconds)
     state.log.update(model=entry.ref.model, version=entry.ref.version)
+    if entry.predictor:
+        entry.predictor.check_room(clock() + seconds)
     pictures = await read_pictures(request, settings.max_images)
     deadline = clock() + seconds
     state.log["images"] = len(pictures)

@@ -138,24 +138,26 @@ class Batcher(Generic[T]):
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[None]:
         """Hold places for `count` pictures, from before they are decoded until they are answered. Raises QueueFull."""
-        if self._knocking:
-            self._knocking -= 1
-        self._check_room(count, self._pending, deadline)
+        self.check_room(count, deadline)
         self._count(count)
         try:
             yield
         finally:
             self._count(-count)
 
-    def knock(self, deadline: float) -> None:
-        """Raise QueueFull where a request that is about to come in wouldn't find room for one picture.
+    def check_room(self, count: int, deadline: float) -> None:
+        """Raise QueueFull where `count` more pictures don't fit, or can't be answered by the deadline as things go."""
+        self._check(count, self._pending, deadline)
 
-        The loop reads hundreds of heads in one turn before any of their requests is admitted, so those that have
-        knocked count. One whose body is longer on its way counts no more once the others have come in.
+    def knock(self, deadline: float) -> None:
+        """The same for a request of one picture or more that is about to come in.
+
+        The loop reads hundreds of heads before it goes on with any of their requests, so those that have knocked since
+        it last did count as waiting.
         """
-        self._check_room(1, self._pending + self._knocking, deadline)
+        self._check(1, self._pending + self._knocking, deadline)
         if not self._knocking:
-            self._loop.call_soon(self._loop.call_soon, self._forget_knocks)  # behind the first steps of their tasks
+            self._loop.call_soon(self._forget_knocks)  # it is before the first of their requests in the loop's queue
         self._knocking += 1
 
     def _forget_knocks(self) -> None:
@@ -190,11 +192,8 @@ class Batcher(Generic[T]):
             await asyncio.sleep(0.01)
         self._thread.leave(self._take_turn)
 
-    def _check_room(self, count: int, waiting: int, deadline: float) -> None:
-        """Raise QueueFull where `count` more pictures don't fit, or can't be answered by the deadline as things go.
-
-        Where nothing waits all are let in: the pace may have been that of a bad moment, and is measured again.
-        """
+    def _check(self, count: int, waiting: int, deadline: float) -> None:
+        """Where nothing waits all are let in: the pace may have been that of a bad moment, and is measured again."""
         wait = self._pace.seconds(waiting)
         reason = None
         if waiting + count > self._queue_size:

@@ -99,9 +99,14 @@ class Predictor:
         self._failed_seconds = FAILED_SECONDS.labels(*names)
         self._stage_seconds = {stage: STAGE_SECONDS.labels(stage, *names) for stage in STAGES}
 
+    def check_room(self, deadline: float) -> None:
+        """Raise QueueFull where not even one picture would be let in: what is refused before its body is read costs
+        little, and there is much of it when it matters. What the cache knows needs no room."""
+        if self._cache is None:
+            self._batcher.check_room(1, deadline)
+
     def knock(self, deadline: float) -> None:
-        """Raise QueueFull where a request that is about to come in wouldn't find room even for one picture. What the
-        cache knows needs none."""
+        """The same for a request that is about to come in."""
         if self._cache is None:
             self._batcher.knock(deadline)
 

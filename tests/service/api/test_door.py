@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import uvicorn
@@ -17,7 +18,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY
 from uvicorn.server import ServerState
 
-from service.api import middleware
+from service.api import door, middleware
 from service.api.door import Door
 from service.app import create_app
 from service.settings import Settings
@@ -96,17 +97,21 @@ class House:
 
 
 @contextmanager
-def open_house(settings: Settings) -> Iterator[House]:
+def open_house(settings: Settings, **options: Any) -> Iterator[House]:
     app = create_app(settings.model_copy(update={"queue_size": PLACES}))
-    config = uvicorn.Config(app, log_config=None, access_log=False)
+    config = uvicorn.Config(app, log_config=None, access_log=False, **options)
     doors: list[Door] = []
 
-    def door() -> Door:
+    @app.get("/slow")
+    async def slow() -> None:
+        await asyncio.sleep(2)
+
+    def new_door() -> Door:
         doors.append(Door(config, ServerState(), client.app_state))
         return doors[-1]
 
     async def listen() -> asyncio.Server:
-        return await asyncio.get_running_loop().create_server(door, sock=listener)
+        return await asyncio.get_running_loop().create_server(new_door, sock=listener)
 
     with socket.create_server(("127.0.0.1", 0)) as listener, TestClient(app) as client:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -221,14 +226,50 @@ def test_a_refusal_waits_for_the_answers_before_it(house: House) -> None:
 
 
 @pytest.mark.parametrize(("version", "connection"), [("1.1", "close"), ("1.0", "keep-alive"), ("1.0", "close")])
-def test_a_connection_that_ends_with_the_answer_is_read_to_its_end(house: House, version: str, connection: str) -> None:
-    body = bytes(1_000_000)
+def test_a_connection_that_ends_with_the_answer_is_closed(house: House, version: str, connection: str) -> None:
     with house.line() as line, house.full():
-        line.send("POST", "/predict", body, f"Connection: {connection}", version=version)
+        line.send("POST", "/predict", grey(3), f"Connection: {connection}", version=version)
         reply = line.receive()
         assert line.socket.recv(1) == b""
     assert (reply.status, reply.headers["connection"]) == (429, "close")
     assert json.loads(reply.body)["detail"] == WAITING
+
+
+def test_a_chunked_body_and_one_that_waits_to_be_asked_for_are_refused_too(house: House) -> None:
+    with house.line() as line, house.full():
+        head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        line.socket.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n".encode())
+        assert line.receive().status == 429
+        line.send("POST", "/predict", b"", "Expect: 100-continue", length=9)
+        assert line.receive().status == 429  # and no 100
+
+
+def test_an_idle_connection_is_closed_and_one_that_waits_for_its_answer_is_not(settings: Settings) -> None:
+    with open_house(settings, timeout_keep_alive=1) as house, house.line() as line, house.full():
+        line.send("POST", "/predict", length=9)
+        assert line.receive().status == 429
+        line.socket.sendall(b"a picture")
+        assert line.socket.recv(1) == b""
+    with open_house(settings, timeout_keep_alive=1) as house, house.line() as line, house.full():
+        refused = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"
+        line.socket.sendall(refused + b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert [line.receive().status for _ in range(2)] == [429, 200]
+
+
+def test_what_fails_at_the_door_is_for_the_application_to_answer(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(door, "note", lambda *_: 1 // 0)
+    with house.line() as line, house.full():
+        line.send("POST", "/predict", grey(3))
+        assert line.receive().status == 429
+    assert "the door failed" in [record.message for record in caplog.records]
+
+
+def test_a_deadline_beyond_all_numbers_is_the_longest_there_is(house: House) -> None:
+    with house.line() as line:
+        line.send("POST", "/predict", grey(3), f"X-Deadline-Ms: 1{'0' * 400}")
+        assert line.receive().status == 200
 
 
 def test_who_asks_on_and_reads_no_answers_is_not_written_to_without_end(house: House) -> None:
@@ -237,9 +278,11 @@ def test_who_asks_on_and_reads_no_answers_is_not_written_to_without_end(house: H
     with house.line() as line, house.full():
         asking = threading.Thread(target=line.socket.sendall, args=(request * count,))
         asking.start()
-        time.sleep(0.5)
-        held = house.doors[0].transport.get_write_buffer_size()
+        held = [0]
+        while len(held) < 10 or held[-1] != held[-10]:  # until no more comes
+            time.sleep(0.05)
+            held.append(house.doors[0].transport.get_write_buffer_size())
         replies = [line.receive() for _ in range(count)]
         asking.join()
-    assert 0 < held < 100_000  # of half a megabyte; asyncio stops at 64 KiB
+    assert 0 < held[-1] < 100_000  # of half a megabyte; asyncio stops at 64 KiB
     assert {reply.status for reply in replies} == {429}

@@ -202,6 +202,33 @@ def test_a_refusal_for_want_of_room_is_logged_with_its_model_and_all_are_counted
     assert counted() - before == 3
 
 
+@pytest.mark.parametrize("path", ONE_PICTURE)
+def test_who_finds_no_room_is_refused_before_the_body_is_read(settings: Settings, path: str) -> None:
+    sent: list[Message] = []
+
+    async def ask(app: FastAPI) -> None:
+        async def receive() -> Message:
+            raise AssertionError("the body was read")
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"image/png"), (b"x-request-id", b"r-1")]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        await app(scope | {"state": dict(client.app_state)}, receive, send)
+
+    with full(settings) as client:
+        client.portal.call(ask, client.app)  # type: ignore[union-attr]
+    assert sent[0]["status"] == 429
+    assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
+    said = json.loads(sent[1]["body"])
+    if path == OLDER:
+        said = said["error"]
+    assert said["code"] == "queue_full"
+    told = said[{"/predict": "detail", INFER: "error", OLDER: "message"}[path]]
+    assert "200 pictures are waiting and 1 more don't fit: the limit is 200" in told
+
+
 def test_what_nobody_caught_is_a_plain_500_without_a_trace(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
