@@ -66,10 +66,8 @@ class Door(HttpToolsProtocol):
         connection ends with the answer, or a body has no plain length."""
         is_free = (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
         stays = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
-        return is_free and stays and not self.parser.should_upgrade() and not self._is_encoded()
-
-    def _is_encoded(self) -> bool:
-        return any(name == b"transfer-encoding" for name, _ in self.headers)
+        is_plain = not self.parser.should_upgrade() and all(name != b"transfer-encoding" for name, _ in self.headers)
+        return is_free and stays and is_plain
 
     def _reply(self) -> bytes | None:
         """The refusal, counted and logged, if it is one."""

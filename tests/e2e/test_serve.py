@@ -357,7 +357,9 @@ def test_a_full_queue_refuses_before_the_picture_is_sent(tmp_path: Path) -> None
         with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
             reply = connection.recv(65536).decode()
-        assert not before.done()
+            assert not before.done()
+            connection.sendall(bytes(1000))
+            assert connection.recv(1) == b""  # idle for 5 s: uvicorn's own protocol would leave it open
         assert before.result().status_code == 200
     head, _, body = reply.partition("\r\n\r\n")
     assert head.startswith("HTTP/1.1 429 Too Many Requests\r\n")
